@@ -1,0 +1,116 @@
+"""The DDP communication hook."""
+
+# No `from __future__ import annotations` here: DDP wants a hook's annotations as types.
+
+import contextlib
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from grain_ddp.aggregation import Aggregation
+from grain_ddp.state import GrainState
+from grain_ddp.wire import TorchWire
+
+
+def grain_hook(state: GrainState, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Aggregate a DDP model's gradients: ``model.register_comm_hook(state, grain_hook)``.
+
+    Buckets are exchanged while the backward pass computes the next ones. The result is complete
+    when ``backward()`` returns, as it is without a hook.
+
+    Raises:
+        TypeError: the hook was registered without a `GrainState`, or called by something that is
+            not DDP's reducer (`torch.compile` with ``optimize_ddp="python_reducer"``).
+        ValueError: a sparse gradient, ranks whose options differ, or one state for two models.
+    """
+    if not isinstance(state, GrainState):
+        raise TypeError(
+            f"grain_ddp: grain_hook needs a GrainState, but found {type(state).__name__}. "
+            "Register it with model.register_comm_hook(GrainState(), grain_hook)."
+        )
+    if not isinstance(bucket, dist.GradBucket):
+        raise TypeError(
+            "grain_ddp: grain_hook expects one of DDP's gradient buckets, but found "
+            f"{type(bucket).__name__}. torch.compile's python_reducer calls hooks once per parameter "
+            'and ignores their result: set torch._dynamo.config.optimize_ddp = "ddp_optimizer".'
+        )
+    buffer = bucket.buffer()
+    if buffer.layout != torch.strided:
+        raise ValueError(
+            "grain_ddp: expected dense gradients, but bucket "
+            f"{bucket.index()} on rank {dist.get_rank()} is {buffer.layout}. "
+            "Build the embedding with sparse=False."
+        )
+    if state._runtime is None:
+        state._runtime = _Runtime(state)
+    if not isinstance(state._runtime, _Runtime):
+        raise ValueError(
+            "grain_ddp: this GrainState is already used by reduce_gradients. Make one per model."
+        )
+    return state._runtime.add(bucket.index(), bucket.is_last(), buffer)
+
+
+class _Runtime:
+    """What the hook keeps between the buckets of one backward pass."""
+
+    def __init__(self, state: GrainState) -> None:
+        models = _models(state)
+        if len(models) > 1:
+            raise ValueError(
+                f"grain_ddp: this GrainState is registered with {len(models)} models. "
+                "Make one per model: its buckets are counted step by step."
+            )
+        group = _process_group(state.process_group, models)
+        # With this option unused buckets, the last one too, do not reach the hook.
+        self.skips = any(getattr(m, "skip_all_reduce_unused_params", False) for m in models)
+        self.latest = -1
+        self.aggregation = Aggregation(state, TorchWire(group))
+
+    def add(self, index: int, last: bool, buffer: Tensor) -> Future[Tensor]:
+        aggregation = self.aggregation
+        if aggregation.pending and index <= self.latest:
+            aggregation.abandon()  # the last backward pass was broken off by an exception
+        first, self.latest = not aggregation.pending, index
+        devices = None if buffer.device.type == "cpu" else [buffer.device]
+        future: Future[Tensor] = Future(devices=devices)
+        aggregation.push(buffer, lambda: future.set_result(buffer))
+        if last:
+            aggregation.finish()
+        elif first and self.skips:
+            with contextlib.suppress(RuntimeError):  # not in a backward pass: `Join`
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        return future
+
+    def _finish(self) -> None:
+        if self.aggregation.pending:
+            self.aggregation.finish()
+
+
+def _models(state: GrainState) -> list[DistributedDataParallel]:
+    """The models whose hook has this state: DDP does not tell a hook whose it is."""
+    return [
+        model
+        for model in gc.get_objects()
+        if issubclass(type(model), DistributedDataParallel)
+        and any(held is state for _, held in getattr(model, "_comm_hooks", ()))
+    ]
+
+
+def _process_group(
+    given: dist.ProcessGroup | None, models: list[DistributedDataParallel]
+) -> dist.ProcessGroup:
+    theirs = models[0].process_group if models else dist.group.WORLD
+    if given is not None:
+        expected, found = (dist.get_process_group_ranks(group) for group in (theirs, given))
+        if models and expected != found:
+            raise ValueError(
+                f"grain_ddp: the state's process_group has ranks {found}, but the model's has "
+                f"ranks {expected} (this is rank {dist.get_rank()}). Give both the same group, or "
+                "leave the state's at None."
+            )
+        return given
+    return theirs

@@ -1,0 +1,103 @@
+"""The aggregation for training loops without DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grain_ddp.aggregation import Aggregation
+from grain_ddp.record import StepRecord
+from grain_ddp.state import GrainState
+from grain_ddp.wire import TorchWire
+
+BUCKET_BYTES = 25 << 20
+"""Gradients smaller than this are copied together into buckets of this size, as DDP does."""
+
+
+def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRecord | None:
+    """Aggregate ``.grad`` of the parameters in place, over ``state.process_group`` (or the default).
+
+    Call it on every rank between ``backward()`` and ``optimizer.step()``, with the same parameters
+    in the same order. A gradient that is None counts as zero; where it is None on every rank, it
+    stays None.
+
+    Returns:
+        The step's record: None on the steps that make none (`record_every`, `warmup_steps`).
+
+    Raises:
+        ValueError: the ranks' parameters or options differ, a gradient is sparse, nothing has a
+            gradient on any rank, or the state serves a DDP model.
+        RuntimeError: torch.distributed is not initialised.
+    """
+    if state._runtime is None:
+        group = state.process_group or dist.group.WORLD
+        if group is None:
+            raise RuntimeError(
+                "grain_ddp: torch.distributed is not initialised. Start with torchrun, and call "
+                "torch.distributed.init_process_group() first."
+            )
+        state._runtime = Aggregation(state, TorchWire(group))
+    aggregation = state._runtime
+    if not isinstance(aggregation, Aggregation):
+        raise ValueError("grain_ddp: this GrainState serves a DDP model. Make one per model.")
+    trained = [p for p in parameters if p.requires_grad]
+    with torch.no_grad():
+        _fill_missing(trained, aggregation.wire)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if not gradients:
+            raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
+        for bucket in _buckets(gradients):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                aggregation.push(bucket[0].view(-1))
+            else:
+                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+                aggregation.push(flat, partial(_copy_back, flat, bucket))
+        return aggregation.finish()
+
+
+def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
+    """Give zeros to what has a gradient on some rank only; see that the ranks fit together."""
+    layout = [
+        (tuple(p.shape), str(p.dtype if p.grad is None else p.grad.dtype)) for p in trained
+    ]
+    layouts = [None if p.grad is None else p.grad.layout for p in trained]
+    present = [found is not None for found in layouts]
+    sparse = [j for j, found in enumerate(layouts) if found not in (None, torch.strided)]
+    # Seldom does anything differ: one number tells.
+    if wire.same(repr((layout, present, sparse)), trained[0].device):
+        every = present
+    else:
+        wire.agree({f"parameter {j} (shape and dtype)": one for j, one in enumerate(layout)})
+        every = [any(ranks) for ranks in zip(*wire.gather_objects(present), strict=True)]
+        sparse = sorted({j for ranks in wire.gather_objects(sparse) for j in ranks})
+    if sparse:
+        raise ValueError(
+            f"grain_ddp: expected dense gradients, but parameters {sparse} have sparse ones "
+            f"(seen on rank {wire.rank}). Build the embedding with sparse=False."
+        )
+    for p, anywhere in zip(trained, every, strict=True):
+        if anywhere and p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype and device, together up to BUCKET_BYTES; a bigger one by itself."""
+    bucket: list[Tensor] = []
+    kind, size = None, 0
+    for gradient in gradients:
+        found = gradient.dtype, gradient.device
+        if bucket and (found != kind or size + gradient.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        kind, size = found, size + gradient.nbytes
+    yield bucket
+
+
+def _copy_back(flat: Tensor, bucket: list[Tensor]) -> None:
+    for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,104 @@
+"""What one step of GRAIN did, and what can be read off its Gramian for free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, as every rank saw it. n is the number of groups (by default: of ranks).
+
+    With ``scope="bucket"`` the step has one weight vector per bucket, and the fields marked
+    [b] get a leading axis (or, if they are not arrays, become a tuple with one entry per bucket).
+    The properties describe the whole step in either scope: inner products of whole gradients are
+    sums over the buckets.
+
+    Attributes:
+        step: number of the step, counted from 0.
+        gramian: [b] inner products of the groups' gradients, ``[n, n]``.
+        weights: [b] what the gradients were multiplied with, ``[n]``; zero for an absent group.
+        gap: [b] duality gap wᵀGw − minᵢ (Gw)ᵢ over the active groups, in units of the squared
+            gradient norm. 0 at the min-norm point; NaN if the Gramian is not finite.
+        status: [b] what the weighting said, in words.
+        active: [b] indices of the groups that were counted, in order.
+        dropped: [b] indices of the groups left out because their gradient was not finite
+            (``nonfinite="drop"``). A group that is neither active nor dropped was absent: its
+            gradient was exactly zero.
+    """
+
+    step: int
+    gramian: Array
+    weights: Array
+    gap: float | Array
+    status: str | tuple[str, ...]
+    active: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def _total(self) -> tuple[Array, Array, float]:
+        """Gramian of the whole gradients [n, n]; ⟨aggregate, g_i⟩ [n]; ‖aggregate‖²."""
+        n = self.gramian.shape[-1]
+        gramians, weights = self.gramian.reshape(-1, n, n), self.weights.reshape(-1, n)
+        with np.errstate(invalid="ignore", over="ignore"):
+            products = np.einsum("bij,bj->bi", gramians, weights)
+            return gramians.sum(0), products.sum(0), float((products * weights).sum())
+
+    @property
+    def norm_aggregate(self) -> float:
+        """‖d‖ of the step's result d = Σ wᵢ gᵢ."""
+        return float(np.sqrt(np.maximum(self._total[2], 0.0)))
+
+    @property
+    def norm_mean(self) -> float:
+        """‖ḡ‖ of the plain mean over all n groups."""
+        return float(np.sqrt(np.maximum(self._total[0].mean(), 0.0)))
+
+    @property
+    def norms(self) -> Array:
+        """‖gᵢ‖ of every group, ``[n]``."""
+        return np.sqrt(np.diagonal(self._total[0]))
+
+    @property
+    def cosine(self) -> Array:
+        """Cosine similarity of every two groups' gradients, ``[n, n]``; 0 where one is zero."""
+        norms = self.norms
+        scale = np.outer(norms, norms)
+        return np.divide(self._total[0], scale, out=np.zeros_like(scale), where=scale != 0)
+
+    @property
+    def conflicts_mean(self) -> int:
+        """In how many of the n pairs (mean, gᵢ) the inner product is negative."""
+        return self._conflicts(self._total[0].mean(1), self._total[0].mean())
+
+    @property
+    def conflicts_aggregate(self) -> int:
+        """In how many of the n pairs (aggregate, gᵢ) the inner product is negative."""
+        return self._conflicts(self._total[1], self._total[2])
+
+    def _conflicts(self, products: Array, norm_squared: float) -> int:
+        # Below this a sign is an artefact of the Gramian's own rounding (fp32 blocks).
+        rounding = 1e-6 * np.sqrt(max(norm_squared, 0.0)) * self.norms.max(initial=0.0)
+        return int((products < -rounding).sum())
+
+    @property
+    def noise_scale(self) -> float:
+        """Gradient noise scale tr(Σ)/‖G‖² in units of one group's batch.
+
+        Times the number of examples in a group's batch it is B_simple of McCandlish et al. 2018
+        (arXiv 1812.06162, appendix A.1), here from the n group gradients (the small batch) and
+        their mean (the big one). NaN for one group; inf where the estimate of ‖G‖² is not positive.
+        """
+        gramian = self._total[0]
+        n = len(gramian)
+        if n == 1:
+            return float("nan")
+        small, big = np.diagonal(gramian).mean(), gramian.mean()
+        noise, signal = (small - big) / (1 - 1 / n), (n * big - small) / (n - 1)
+        return float(noise / signal) if not signal <= 0 else float("inf")
