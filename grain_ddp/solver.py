@@ -1,0 +1,340 @@
+"""The min-norm point of a convex hull, from the Gramian of its points alone.
+
+All arithmetic is in unit rows: with r_i = ‖g_i‖, C_ij = G_ij / (r_i r_j) and u_i ∝ 1/r_i, the
+problem min ½ wᵀGw over the simplex is min ½ zᵀCz over z >= 0, uᵀz = 1, with w = u ∘ z. Nothing
+there depends on the scale of G or of a row, so one matrix may span 1e-30 to 1e15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+Weights = TypeVar("Weights", Array, torch.Tensor)
+
+EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
+
+
+class Status(str, Enum):
+    """How a solve ended; the text is the explanation."""
+
+    OPTIMAL = "optimal: no other weights give a shorter aggregate"
+    CAPPED = "optimal under the cap: the gap is what the cap costs; a larger cap lowers it"
+    ZERO = (
+        "zero gradient: a convex combination of the gradients vanishes to rounding, so the"
+        " aggregate is zero: a stationary point, or groups too noisy to agree on a direction;"
+        " average more samples per group, or set a cap"
+    )
+    ROUNDED = (
+        "optimal to rounding: the gap is below 1e-12 of the mean squared norm, but the Gramian is"
+        " too inexact for a strict certificate; accumulate it in float64"
+    )
+    STALLED = (
+        "stalled: these weights are the best found, and the gap says how far from optimal they"
+        " are; the Gramian is too inexact (negative eigenvalues), accumulate it in float64"
+    )
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Solution(Generic[Weights]):
+    """Weights on the simplex, and how good they are.
+
+    ``weights``: float64 ``[n]``, of the kind of the Gramian (numpy, or torch on its device).
+    ``norm_squared``: wᵀGw, the squared norm of the aggregate, in units of G.
+    ``gap``: the certificate wᵀGw − min_i (Gw)_i >= 0 of the problem *without* a cap, in units of
+    G: ‖d − d*‖² <= gap for the aggregate d and the min-norm point d*, and ⟨d, g_i⟩ >= ‖d‖² − gap.
+    ``iterations``: matrices factored. ``status``: how the solve ended, in words.
+    """
+
+    weights: Weights
+    norm_squared: float
+    gap: float
+    iterations: int
+    status: Status
+
+
+@overload
+def min_norm(gramian: torch.Tensor, *, cap: float | None = None) -> Solution[torch.Tensor]: ...
+@overload
+def min_norm(
+    gramian: NDArray[Any] | Sequence[Sequence[float]], *, cap: float | None = None
+) -> Solution[Array]: ...
+def min_norm(
+    gramian: torch.Tensor | NDArray[Any] | Sequence[Sequence[float]], *, cap: float | None = None
+) -> Solution[Any]:
+    """Minimise ½ wᵀGw over w >= 0, Σw = 1 and, with a ``cap``, w_i <= cap/n; exactly, in float64.
+
+    This is the weighting of GRAIN (arXiv 2606.22917). ``gramian`` is G ``[n, n]``, positive
+    semi-definite up to the rounding of bf16; singular is fine. ``cap=1`` gives uniform weights,
+    ``None`` or ``cap >= n`` no bound. Equal rows share their weight evenly. The same bits in give
+    the same bits out.
+
+    Method: block principal pivoting (Júdice and Pires 1994; Portugal, Júdice and Vicente 1994)
+    with upper bounds; where that cycles, Mehrotra's interior point method (1992), and pivoting
+    from the sides that it tells.
+
+    Raises:
+        ValueError: G is not a real square matrix with n >= 1, not finite, not symmetric or not
+            positive semi-definite (both beyond what rounding to bf16 explains); or cap < 1.
+    """
+    tensor = gramian.detach() if isinstance(gramian, torch.Tensor) else None
+    tiny = TINY
+    if tensor is not None:
+        if tensor.is_floating_point():
+            tiny = max(tiny, torch.finfo(tensor.dtype).tiny)
+        G = tensor.to("cpu", torch.float64).numpy()
+    else:
+        given = np.asarray(gramian)
+        if given.dtype.kind not in "fiub":
+            raise ValueError(
+                f"grain_ddp: the Gramian must hold real numbers, but its dtype is {given.dtype}."
+            )
+        if given.dtype == np.float32 or given.dtype == np.float16:
+            tiny = float(np.finfo(given.dtype).tiny)
+        G = given.astype(np.float64, copy=False)
+    if G.ndim != 2 or G.shape[0] != G.shape[1] or not G.size:
+        raise ValueError(
+            "grain_ddp: the Gramian must have shape [n, n] with n >= 1, but it has shape"
+            f" {list(G.shape)}."
+        )
+    if cap is not None and not cap >= 1:
+        raise ValueError(
+            f"grain_ddp: cap must be >= 1 (no weight exceeds cap/n; None: no cap), but it is {cap}."
+        )
+
+    n = len(G)
+    slack = n**0.5 / 128  # the spectral norm of a matrix of bf16 rounding errors is half of it
+    with np.errstate(all="ignore"):
+        C, r = _unit_rows(G, tiny, slack)
+        u = r.min() / r
+        counts, label = _classes(C, G)
+        bound = counts * (cap / n) if cap is not None and cap < n else np.full(len(counts), np.inf)
+        if label is not None:
+            first = np.unique(label, return_index=True)[1]
+            C, u = C[first[:, None], first], u[first]
+        z, exact, iterations = _solve(C, u, bound, slack)
+        w = np.minimum(u * z, bound)
+        w /= w.sum()
+        if label is not None:
+            w = (w / counts)[label]
+            w /= w.sum()
+
+        slope = G @ w
+        norm_squared = float(w @ slope)
+        gap = max(norm_squared - float(slope.min()), 0.0)
+        if norm_squared <= n * 4 * EPS * float(w @ r) ** 2:
+            status = Status.ZERO
+        elif exact:
+            capped = cap is not None and cap < n and w.max() >= cap / n * (1 - 8 * EPS)
+            status = Status.CAPPED if capped else Status.OPTIMAL
+        else:
+            own_gap = norm_squared - _least(slope, min(cap or n, n) / n)
+            rounding = 1e-12 * float((G.diagonal() / n).sum())
+            status = Status.ROUNDED if own_gap <= rounding else Status.STALLED
+    weights = w if tensor is None else torch.from_numpy(w).to(tensor.device)
+    return Solution(weights, norm_squared, gap, iterations, status)
+
+
+def _least(slope: Array, bound: float) -> float:
+    """min ⟨slope, v⟩ over the simplex with every v_i <= bound: fill the smallest first."""
+    room = np.clip(1 - bound * np.arange(len(slope)), 0, bound)
+    return float(room @ np.sort(slope))
+
+
+def _unit_rows(G: Array, tiny: float, slack: float) -> tuple[Array, Array]:
+    """C = G_ij / (r_i r_j) and r = ‖g_i‖; whatever is no Gramian shows in C and is an error.
+
+    Norms stop at the underflow of the Gramian's own dtype, where its entries lose their meaning.
+    """
+    must = "grain_ddp: the Gramian must be"
+    d = G.diagonal()
+    r = np.sqrt(np.maximum(d, max(tiny, 1e-200 * float(d.max()))))
+    C = G / (r * r[:, None])
+    if not np.abs(C).max() <= 1 + slack:  # true of a NaN too
+        if not np.isfinite(G).all():
+            i, j = np.argwhere(~np.isfinite(G))[0].tolist()
+            raise ValueError(f"{must} finite, but G[{i}, {j}] = {G[i, j]}.")
+        i, j = divmod(int(np.abs(C).argmax()), len(C))
+        if d.min() < 0:
+            i = j = int(d.argmin())
+        excess = "is negative" if i == j else f"exceeds sqrt({d[i]:g} * {d[j]:g})"
+        raise ValueError(f"{must} positive semi-definite, but G[{i}, {j}] = {G[i, j]:g} {excess}.")
+    if not (C.T == C).all():
+        skew = np.abs(C - C.T)
+        i, j = divmod(int(skew.argmax()), len(C))
+        if skew[i, j] > slack:
+            raise ValueError(
+                f"{must} symmetric, but G[{i}, {j}] = {G[i, j]:g} and G[{j}, {i}] = {G[j, i]:g}."
+            )
+        C = (C + C.T) / 2
+    return C, r
+
+
+def _classes(C: Array, G: Array) -> tuple[Array, Indices | None]:
+    """Multiplicities of the distinct rows of G, and which of them each row is (None: all are)."""
+    if np.count_nonzero(C.diagonal() == C) > len(G):  # a row equal to another has C_ij = C_ii
+        _, label, counts = np.unique(G, axis=0, return_inverse=True, return_counts=True)
+        if len(counts) < len(G):
+            return counts.astype(np.float64), label.reshape(-1)
+    return np.ones(len(G)), None
+
+
+class _Face:
+    """The problem on the coordinates ``free``: K = C + vvᵀ factored once, v = u to scale 1.
+
+    K takes the place of C because it is nonsingular where the minimiser is unique; as uᵀz is
+    given, it has the same one. Kz ∝ v is the NNLS identity of the min-norm point. A shift at
+    rounding level keeps a singular K factorable; among many minimisers it picks the shortest.
+    """
+
+    def __init__(self, C: Array, u: Array, free: Indices | slice) -> None:
+        v = u[free]
+        self.scale = float(v.max())
+        self.v = v = v / self.scale
+        K = v * v[:, None]
+        K += C if isinstance(free, slice) else C[free[:, None], free]
+        self.K, self.shift, self.a = K, 0.0, np.full(len(v), np.nan)
+        shift = 4 * len(v) * EPS
+        while not self.factor(shift) and shift < len(v):  # the end is reached if K is not finite
+            shift *= 1e3
+
+    def factor(self, shift: float) -> bool:
+        """Factor K + shift, and say whether it is positive definite."""
+        self.K.reshape(-1)[:: len(self.K) + 1] += shift - self.shift
+        self.shift = shift
+        self.L, info = torch.linalg.cholesky_ex(torch.from_numpy(self.K))
+        if info.item():
+            return False
+        self.a = self.inverse(self.v)
+        return True
+
+    def inverse(self, h: Array) -> Array:
+        x: Array = torch.cholesky_solve(torch.from_numpy(h[:, None]), self.L).numpy()[:, 0]
+        return x
+
+    def solve(self, total: float, h: Array | None = None) -> tuple[Array, float]:
+        """The z minimising ½ zᵀCz + hᵀz where uᵀz = total, and the λ of Cz + h = λu."""
+        total /= self.scale
+        b = 0.0 if h is None else self.inverse(h)
+        t = (total + (0.0 if h is None else self.v @ b)) / (self.v @ self.a)
+        return self.a * t - b, float(t - total) / self.scale
+
+
+def _solve(C: Array, u: Array, bound: Array, slack: float) -> tuple[Array, bool, int]:
+    """The z, whether it meets the optimality conditions to rounding, and matrices factored."""
+    whole = _Face(C, u, slice(None))
+    # C + shift is positive semi-definite if and only if K + shift is and vᵀ(K + shift)⁻¹v <= 1.
+    if whole.shift > 1e-9 or whole.v @ whole.a > 1 + 1e-9:
+        if not whole.factor(slack) or whole.v @ whole.a > 1:
+            least = float(np.linalg.eigvalsh(C)[0])
+            raise ValueError(
+                "grain_ddp: the Gramian must be positive semi-definite, but with its diagonal"
+                f" scaled to 1 it has the eigenvalue {least:g} (rounding to bf16 would explain"
+                f" {-slack:.2g})."
+            )
+        whole = _Face(C, u, slice(None))
+    if bound.sum() <= 1 + 4 * EPS:
+        return bound / u, True, 1
+    start = np.zeros(len(u))
+    z, exact, count = _pivot(C, u, bound, start, np.zeros(len(u), np.intp), whole)
+    if not exact:
+        inner, state, more = _interior(C, u, bound)
+        z, exact, last = _pivot(C, u, bound, inner, state, None)
+        count += more + last
+        z = z if exact else inner
+    return z, exact, count
+
+
+def _pivot(
+    C: Array, u: Array, bound: Array, start: Array, state: Indices, face: _Face | None
+) -> tuple[Array, bool, int]:
+    """Block principal pivoting: swap all coordinates on the wrong side, until none is.
+
+    ``state`` says where each is: at its lower bound (-1), free (0), at its upper bound (1). The
+    free ones take the stationary point nearest to ``start``. Cycling ends it, with False.
+    """
+    n, top = len(u), bound / u
+    limit, fewest, patience, refined = top * (1 + 4 * EPS), n + 1, 10, 0
+    count = int(face is not None)
+    while True:
+        whole = not state.any()
+        free: Indices | slice = slice(None) if whole else (state == 0).nonzero()[0]
+        z = start.copy() if whole else np.where(state == 0, start, np.where(state > 0, top, 0.0))
+        if isinstance(free, np.ndarray) and not len(free):
+            # Only the next coordinate to move can tell the multiplier.
+            full = 1 if bound[state > 0].sum() > 1 - 1e-12 else -1
+            free = np.argmax(np.where(state == full, full * (C @ z) / u, -np.inf), keepdims=True)
+            state[free], z[free] = 0, 0.0
+        if face is None:
+            face = _Face(C, u, free)
+            count += 1
+        total = 1 - float(u @ z)
+        dz, multiplier = face.solve(total, None if total == 1 else (C @ z)[free])
+        z[free] += dz
+        y = C @ z - multiplier * u
+        rounding = 8 * EPS * float(np.abs(z).sum())
+        side = np.where(state == 0, (z > limit) * 1 - (z < 0), state)
+        side[state * y > rounding] = 0
+        bad = int(np.count_nonzero(side != state))
+        if bad:
+            patience = 10 if bad < fewest else patience - 1
+            if not patience:
+                return z, False, count
+            fewest, refined, state, face = min(bad, fewest), 0, side, None
+        elif np.abs(y[free]).max() <= rounding or refined == 3:
+            return z, refined < 3, count
+        else:  # the shift of a near-singular K shows: solve for what is left
+            refined, start = refined + 1, z
+
+
+def _interior(C: Array, u: Array, bound: Array) -> tuple[Array, Indices, int]:
+    """Mehrotra's interior point method (1992): a z near the optimum, and where each z_i will be.
+
+    Slower than pivoting, but it cannot cycle. s = top − z; p and q are the multipliers of z >= 0
+    and s >= 0. Without a cap s is infinite and q zero.
+    """
+    n, capped, top = len(u), bool(np.isfinite(bound[0])), bound / u
+    z = top / bound.sum() if capped else np.full(n, 1 / u.sum())
+    s = top - z
+    y = C @ z
+    mu = max(float(z @ y), EPS * float(z.sum()) ** 2) / n
+    p, q = mu / z, mu / s
+    count, state = 0, np.zeros(n, np.intp)
+    while count < 50:
+        count += 1
+        face = _Face(C + np.diag(p / z + q / s), u, slice(None))
+        short = 1 - float(u @ z)
+        total = float(z @ p) + (float(s @ q) if capped else 0.0)
+        mu, c, e = 0.0, np.zeros(n), np.zeros(n)
+        for corrected in (False, True):  # the first step aims at zp = sq = 0, the second at mu
+            dz, _ = face.solve(short, y - c / z + e / s)
+            dp, dq = (c - p * dz) / z - p, (e + q * dz) / s - q
+            now = np.concatenate([z, p, s, q] if capped else [z, p])
+            change = np.concatenate([dz, dp, -dz, dq] if capped else [dz, dp])
+            step = min(1.0, (0.995 if corrected else 1.0) / max(float((-change / now).max()), EPS))
+            if not corrected:
+                after = now + step * change
+                left = float(after[:n] @ after[n : 2 * n])
+                left += float(after[2 * n : 3 * n] @ after[3 * n :])
+                mu = (left / total) ** 3 * total / (len(now) / 2)
+                c, e = mu - dz * dp, mu + dz * dq
+        if not np.isfinite(change).all():
+            break
+        # Tapia's indicators: what goes to its bound shrinks, its multiplier stays.
+        state = np.where(capped & (-dz / s < dq / q), 1, 0) - (dz / z < dp / p)
+        z, p, s, q = z + step * dz, p + step * dp, s - step * dz, q + step * dq
+        y = C @ z
+        if total <= EPS * float(z.sum()) ** 2 or step < 1e-6:
+            break
+    return z, state, count

@@ -1,0 +1,60 @@
+"""The local passes: precision, strides, dtypes, and the ends of fp32."""
+
+import pytest
+import torch
+from grain_ddp.gramian import BLOCK, gramian, weighted_sum
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [0, 1, 17, BLOCK, 3 * BLOCK + 5])
+def test_gramian_is_that_of_the_rows(dtype: torch.dtype, columns: int) -> None:
+    rows = torch.randn(3, columns).to(dtype)
+    torch.testing.assert_close(
+        gramian(rows), rows.double() @ rows.double().T, rtol=1e-6, atol=1e-6 * columns
+    )
+
+
+def test_rows_may_be_columns_of_a_wider_matrix() -> None:
+    wide = torch.randn(4, 5 * BLOCK)
+    part = wide[:, 100 : 100 + 2 * BLOCK + 3]
+    exact = part.double() @ part.double().T
+    torch.testing.assert_close(gramian(part), exact, rtol=1e-6, atol=1e-2)
+
+
+def test_correlated_rows_keep_their_differences() -> None:
+    """What the weights depend on: fp32 throughout would leave an error near 1e-5 here."""
+    common = torch.randn(1, 1_000_000)
+    rows = common + 1e-2 * torch.randn(4, 1_000_000)
+    exact = rows.double() @ rows.double().T
+    assert ((gramian(rows) - exact).abs().max() / exact.max()).item() < 3e-8
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e18, 1e25])
+def test_squares_outside_of_fp32(scale: float) -> None:
+    rows = torch.randn(2, 100) * scale
+    torch.testing.assert_close(gramian(rows), rows.double() @ rows.double().T, rtol=1e-6, atol=0)
+
+
+def test_a_low_matmul_precision_is_not_taken_and_is_left_as_it_was() -> None:
+    rows = torch.randn(4, 2 * BLOCK)
+    exact = gramian(rows)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        torch.testing.assert_close(gramian(rows), exact, rtol=0, atol=0)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weighted_sum_rounds_once(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    rows = torch.randn(5, 1000).to(dtype)
+    weights = torch.rand(5, dtype=torch.float64)
+    out = torch.empty(1000, dtype=out_dtype)
+    weighted_sum(rows, weights, out=out)
+    exact = (weights @ rows.double()).to(out_dtype)
+    ulp = torch.finfo(out_dtype).eps
+    torch.testing.assert_close(out, exact, rtol=ulp, atol=1e-6)
