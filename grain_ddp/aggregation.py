@@ -239,7 +239,8 @@ class Aggregation:
         bucket.pieces = self._cut(bucket)
         for piece in bucket.pieces:
             if self.wire.size == 1:
-                piece.rows = bucket.buffer[None]
+                assert piece.home is not None
+                piece.rows = piece.home
                 continue
             piece.rows = self._lend(piece)
             for part, slot in zip(piece.narrow, piece.slots, strict=False):
@@ -271,7 +272,8 @@ class Aggregation:
             bucket.weights = self._weigh(bucket.sum)
         if self.wire.size == 1:
             return
-        weights = torch.from_numpy(bucket.weights.weights).to(bucket.buffer.device)
+        factors = bucket.weights.factors(bucket.buffer.dtype)
+        weights = torch.from_numpy(factors).to(bucket.buffer.device)
         for piece in bucket.pieces:
             for j in bucket.weights.dropped:
                 piece.rows[j].zero_()  # 0 · NaN is NaN

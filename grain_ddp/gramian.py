@@ -19,26 +19,24 @@ def gramian(rows: Tensor) -> Tensor:
     """``rows @ rows.T`` in float64 ``[n, n]`` of rows ``[n, c]`` of any floating dtype.
 
     Products of fp32 and narrower rows are summed in fp32 over short blocks and in fp64 over the
-    blocks: as fast as one fp32 matrix product, and good to about 1e-8. On a CPU, rows whose squares
-    leave the range of fp32 are done in fp64 throughout.
+    blocks: as fast as one fp32 matrix product, and good to 1e-7. What is left of a block is
+    done in fp64; on a CPU so are rows whose squares leave the range of fp32.
     """
-    if rows.dtype == torch.float64:
-        return rows @ rows.T
+    whole = 0 if rows.dtype == torch.float64 else rows.shape[1] // BLOCK
+    rest = rows[:, whole * BLOCK :].double()
+    result = rest @ rest.T
+    if not whole:
+        return result
     wide = rows.float()
-    n, columns = wide.shape
-    whole = columns - columns % BLOCK
-    tail = wide[:, whole:]
+    blocks = wide.as_strided((whole, len(wide), BLOCK), (BLOCK, wide.stride(0), 1))
     with _full_precision():
-        result = (tail @ tail.T).double()
-        if whole:
-            blocks = wide.as_strided((whole // BLOCK, n, BLOCK), (BLOCK, wide.stride(0), 1))
-            result += torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
-    if result.device.type == "cpu":
-        squares = result.diagonal()
-        if n and not (squares.min() >= _SMALLEST and squares.max() <= _LARGEST):
+        squares = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
+    if squares.device.type == "cpu":
+        low, high = squares.diagonal().aminmax()
+        if not (low >= _SMALLEST and high <= _LARGEST):
             wider = rows.double()
             return wider @ wider.T
-    return result
+    return result.add_(squares)
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:

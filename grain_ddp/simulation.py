@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp.aggregation import MESSAGE_BYTES, cut, narrow_dtype, record_of, weights_of
+from grain_ddp import aggregation
+from grain_ddp.aggregation import cut, narrow_dtype, record_of, weights_of
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
@@ -18,15 +19,16 @@ def simulate(
 ) -> tuple[list[Tensor], StepRecord]:
     """One step of n ranks in one process: the aggregate of each bucket, and the record.
 
-    ``gradients[i][b]`` is rank i's flat gradient in bucket b. Equal, bit by bit, to what n ranks on
-    CPUs get; `warmup_steps` is not looked at, and `record_every` neither. Advances the state.
+    ``gradients[i][b]`` is rank i's flat gradient in bucket b. The same arithmetic in the same order
+    as on n ranks with CPUs: equal but for last bits, which in a matrix product may depend on where
+    its rows lie in memory. `warmup_steps` and `record_every` are not looked at. Advances the state.
     """
     n = len(gradients)
     rows, columns = torch.triu_indices(n, n)
     buckets = list(zip(*gradients, strict=True))
     # What travels, and which part of it each rank receives.
     sent = [[g.to(narrow_dtype(state, g) or g.dtype) for g in bucket] for bucket in buckets]
-    parts = [cut(len(b[0]), n, -(-MESSAGE_BYTES // b[0].itemsize)) for b in buckets]
+    parts = [cut(len(b[0]), n, -(-aggregation.MESSAGE_BYTES // b[0].itemsize)) for b in buckets]
 
     shares = torch.zeros(len(buckets), n, n, n, dtype=torch.float64)  # [bucket, rank, n, n]
     for share, bucket, pieces in zip(shares, sent, parts, strict=True):
@@ -43,11 +45,12 @@ def simulate(
     results = []
     for found, bucket, sources, pieces in zip(weights, buckets, sent, parts, strict=True):
         result = torch.empty_like(sources[0])
+        factors = torch.from_numpy(found.factors(bucket[0].dtype))
         for slots in pieces:
             for slot in slots:
                 matrix = torch.stack([g[slot] for g in sources])
                 matrix[list(found.dropped)] = 0
-                weighted_sum(matrix, torch.from_numpy(found.weights), out=result[slot])
+                weighted_sum(matrix, factors, out=result[slot])
         results.append(result.to(bucket[0].dtype))
     record = record_of(state, weights)
     state.advance(record)

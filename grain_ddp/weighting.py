@@ -27,6 +27,18 @@ class Weights:
     dropped: tuple[int, ...]
     gap: float
 
+    def factors(self, dtype: torch.dtype) -> Array:
+        """What to multiply the groups' gradients of that dtype with, ``[n]``: the weights.
+
+        Or zeros, where the aggregate d is zero to rounding: else its rounding errors would come
+        out, which point anywhere, against some gradient too.
+        """
+        eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
+        counted = list(self.active)
+        gramian, weights = self.gramian[np.ix_(counted, counted)], self.weights[counted]
+        zero = weights @ gramian @ weights <= (4 * eps) ** 2 * np.diagonal(gramian).max(initial=0.0)
+        return np.zeros_like(self.weights) if zero else self.weights
+
 
 def uniform(n: int) -> Weights:
     """Plain averaging of n groups, whose Gramian nobody asked for."""

@@ -24,11 +24,11 @@ def test_rows_may_be_columns_of_a_wider_matrix() -> None:
 
 
 def test_correlated_rows_keep_their_differences() -> None:
-    """What the weights depend on: fp32 throughout would leave an error near 1e-5 here."""
+    """What the weights depend on: fp32 throughout would leave an error of 6e-5 here."""
     common = torch.randn(1, 1_000_000)
     rows = common + 1e-2 * torch.randn(4, 1_000_000)
     exact = rows.double() @ rows.double().T
-    assert ((gramian(rows) - exact).abs().max() / exact.max()).item() < 3e-8
+    assert ((gramian(rows) - exact).abs().max() / exact.max()).item() < 1e-7
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e18, 1e25])
