@@ -1,8 +1,8 @@
 """GRAIN for data-parallel training: the min-norm point of the workers' gradients, not their mean.
 
-    model = DistributedDataParallel(model)
-    state = GrainState()
-    model.register_comm_hook(state, grain_hook)
+model = DistributedDataParallel(model)
+state = GrainState()
+model.register_comm_hook(state, grain_hook)
 """
 
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook

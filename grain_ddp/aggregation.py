@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,8 +39,7 @@ def cut(length: int, n: int, message: int) -> list[list[slice]]:
     count = -(-columns // message)
     bounds = [columns * k // count for k in range(count)] + [columns]
     pieces = [
-        [slice(j * columns + a, j * columns + b) for j in range(n)]
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
     ]
     if columns * n < length:
         pieces.append([slice(0, 0)] * (n - 1) + [slice(columns * n, length)])
@@ -66,10 +66,15 @@ def record_of(state: GrainState, buckets: list[Weights]) -> StepRecord:
     """The record of a step with these weights, one for each bucket."""
     if state.scope == "global":
         return StepRecord(state.step, **vars(buckets[0]))
-    fields = {name: tuple(getattr(w, name) for w in buckets) for name in vars(buckets[0])}
-    for name in ("gramian", "weights", "gap"):
-        fields[name] = np.stack(fields[name])
-    return StepRecord(state.step, **fields)
+    return StepRecord(
+        state.step,
+        np.stack([w.gramian for w in buckets]),
+        np.stack([w.weights for w in buckets]),
+        np.array([w.gap for w in buckets]),
+        tuple(w.status for w in buckets),
+        tuple(w.active for w in buckets),
+        tuple(w.dropped for w in buckets),
+    )
 
 
 class _Bucket:
@@ -330,7 +335,7 @@ class Aggregation:
             memory = piece.scratch = self._scratch.lend(count, buffer.device, limit)
             self._holders[piece] = None
         flat = memory.view(dtype)
-        piece.narrow = list(flat[n * width :].split(lengths)) if narrow else []
+        piece.narrow = list(flat[n * width :].split_with_sizes(lengths)) if narrow else []
         return flat[: n * width].view(n, width)
 
     def _release(self, piece: _Piece) -> None:
@@ -368,7 +373,7 @@ class Aggregation:
             yield
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             yield

@@ -8,15 +8,16 @@ import gc
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp.aggregation import Aggregation
 from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire
+from grain_ddp.wire import TorchWire, default_group
 
 
-def grain_hook(state: GrainState, bucket: dist.GradBucket) -> Future[Tensor]:
+def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:
     """Aggregate a DDP model's gradients: ``model.register_comm_hook(state, grain_hook)``.
 
     Buckets are exchanged while the backward pass computes the next ones. The result is complete
@@ -32,11 +33,12 @@ def grain_hook(state: GrainState, bucket: dist.GradBucket) -> Future[Tensor]:
             f"grain_ddp: grain_hook needs a GrainState, but found {type(state).__name__}. "
             "Register it with model.register_comm_hook(GrainState(), grain_hook)."
         )
-    if not isinstance(bucket, dist.GradBucket):
+    if not isinstance(bucket, GradBucket):
         raise TypeError(
             "grain_ddp: grain_hook expects one of DDP's gradient buckets, but found "
-            f"{type(bucket).__name__}. torch.compile's python_reducer calls hooks once per parameter "
-            'and ignores their result: set torch._dynamo.config.optimize_ddp = "ddp_optimizer".'
+            f"{type(bucket).__name__}. torch.compile's python_reducer calls hooks once per "
+            "parameter and ignores their result: set torch._dynamo.config.optimize_ddp to "
+            '"ddp_optimizer".'
         )
     buffer = bucket.buffer()
     if buffer.layout != torch.strided:
@@ -75,8 +77,9 @@ class _Runtime:
         if aggregation.pending and index <= self.latest:
             aggregation.abandon()  # the last backward pass was broken off by an exception
         first, self.latest = not aggregation.pending, index
-        devices = None if buffer.device.type == "cpu" else [buffer.device]
-        future: Future[Tensor] = Future(devices=devices)
+        future: Future[Tensor] = Future()
+        if buffer.device.type != "cpu":
+            future = Future(devices=[buffer.device])
         aggregation.push(buffer, lambda: future.set_result(buffer))
         if last:
             aggregation.finish()
@@ -103,14 +106,14 @@ def _models(state: GrainState) -> list[DistributedDataParallel]:
 def _process_group(
     given: dist.ProcessGroup | None, models: list[DistributedDataParallel]
 ) -> dist.ProcessGroup:
-    theirs = models[0].process_group if models else dist.group.WORLD
-    if given is not None:
-        expected, found = (dist.get_process_group_ranks(group) for group in (theirs, given))
-        if models and expected != found:
-            raise ValueError(
-                f"grain_ddp: the state's process_group has ranks {found}, but the model's has "
-                f"ranks {expected} (this is rank {dist.get_rank()}). Give both the same group, or "
-                "leave the state's at None."
-            )
-        return given
-    return theirs
+    theirs: dist.ProcessGroup = models[0].process_group if models else default_group()
+    if given is None:
+        return theirs
+    expected, found = (dist.get_process_group_ranks(group) for group in (theirs, given))
+    if models and expected != found:
+        raise ValueError(
+            f"grain_ddp: the state's process_group has ranks {found}, but the model's has ranks "
+            f"{expected} (this is rank {dist.get_rank()}). Give both the same group, or leave the "
+            "state's at None."
+        )
+    return given

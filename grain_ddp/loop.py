@@ -6,20 +6,19 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from grain_ddp.aggregation import Aggregation
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire
+from grain_ddp.wire import TorchWire, default_group
 
 BUCKET_BYTES = 25 << 20
 """Gradients smaller than this are copied together into buckets of this size, as DDP does."""
 
 
 def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRecord | None:
-    """Aggregate ``.grad`` of the parameters in place, over ``state.process_group`` (or the default).
+    """Aggregate ``.grad`` of the parameters in place, over ``state.process_group`` or the default.
 
     Call it on every rank between ``backward()`` and ``optimizer.step()``, with the same parameters
     in the same order. A gradient that is None counts as zero; where it is None on every rank, it
@@ -34,12 +33,7 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         RuntimeError: torch.distributed is not initialised.
     """
     if state._runtime is None:
-        group = state.process_group or dist.group.WORLD
-        if group is None:
-            raise RuntimeError(
-                "grain_ddp: torch.distributed is not initialised. Start with torchrun, and call "
-                "torch.distributed.init_process_group() first."
-            )
+        group = state.process_group or default_group()
         state._runtime = Aggregation(state, TorchWire(group))
     aggregation = state._runtime
     if not isinstance(aggregation, Aggregation):
@@ -61,14 +55,13 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
 
 def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
     """Give zeros to what has a gradient on some rank only; see that the ranks fit together."""
-    layout = [
-        (tuple(p.shape), str(p.dtype if p.grad is None else p.grad.dtype)) for p in trained
-    ]
+    layout = [(tuple(p.shape), str(p.dtype if p.grad is None else p.grad.dtype)) for p in trained]
     layouts = [None if p.grad is None else p.grad.layout for p in trained]
     present = [found is not None for found in layouts]
     sparse = [j for j, found in enumerate(layouts) if found not in (None, torch.strided)]
     # Seldom does anything differ: one number tells.
-    if wire.same(repr((layout, present, sparse)), trained[0].device):
+    device = trained[0].device if trained else torch.device("cpu")
+    if wire.same(repr((layout, present, sparse)), device):
         every = present
     else:
         wire.agree({f"parameter {j} (shape and dtype)": one for j, one in enumerate(layout)})
@@ -99,5 +92,7 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _copy_back(flat: Tensor, bucket: list[Tensor]) -> None:
-    for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+    for gradient, part in zip(
+        bucket, flat.split_with_sizes([g.numel() for g in bucket]), strict=True
+    ):
         gradient.copy_(part.view_as(gradient))

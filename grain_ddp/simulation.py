@@ -1,4 +1,4 @@
-"""The transpose-reduce of n ranks in one process: for studies, and the readable twin of the wire."""
+"""The transpose-reduce of n ranks in one process: for studies, and as the readable twin."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def simulate(
     )
 
     results = []
-    for found, bucket, sources, pieces in zip(weights, buckets, sent, parts, strict=True):
+    for found, originals, sources, pieces in zip(weights, buckets, sent, parts, strict=True):
         result = torch.empty_like(sources[0])
-        factors = torch.from_numpy(found.factors(bucket[0].dtype))
+        factors = torch.from_numpy(found.factors(originals[0].dtype))
         for slots in pieces:
             for slot in slots:
                 matrix = torch.stack([g[slot] for g in sources])
                 matrix[list(found.dropped)] = 0
                 weighted_sum(matrix, factors, out=result[slot])
-        results.append(result.to(bucket[0].dtype))
+        results.append(result.to(originals[0].dtype))
     record = record_of(state, weights)
     state.advance(record)
     return results, record

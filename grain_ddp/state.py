@@ -140,7 +140,9 @@ class GrainState:
             del values[name]
         values["wire_dtype"] = None if self.wire_dtype is None else str(self.wire_dtype)
         if callable(self.weighting):
-            kind = self.weighting if hasattr(self.weighting, "__qualname__") else type(self.weighting)
+            kind = (
+                self.weighting if hasattr(self.weighting, "__qualname__") else type(self.weighting)
+            )
             values["weighting"] = f"{kind.__module__}.{kind.__qualname__}"
         return values
 

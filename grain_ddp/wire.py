@@ -18,6 +18,17 @@ _GATHER_LIMIT = 32
 _FIRST_TAG, _TAGS = 0x6000, 0x1000
 
 
+def default_group() -> dist.ProcessGroup:
+    """The group of all ranks. RuntimeError if there is none yet."""
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError(
+            "grain_ddp: torch.distributed is not initialised. Start with torchrun, and call "
+            "torch.distributed.init_process_group() first."
+        )
+    return group
+
+
 class Transfer:
     """Messages under way. `wait` returns when all have been sent and received.
 
@@ -103,7 +114,7 @@ class TorchWire:
                 )
 
     def same(self, value: str, device: torch.device) -> bool:
-        """Whether all ranks pass the same text; the same answer on all. For small, frequent checks."""
+        """Whether all ranks pass the same text; the same answer on all of them."""
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
         extremes = torch.tensor([digest, -digest], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)

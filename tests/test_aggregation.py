@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import grain_ddp.aggregation as aggregation_module
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from harness import launch, run
+from oracle import min_norm_point
+from ranks import SIZES, relative_error, same_everywhere
+
+import grain_ddp.aggregation as aggregation_module
 from grain_ddp.aggregation import Aggregation, cut
 from grain_ddp.record import StepRecord
 from grain_ddp.simulation import simulate
 from grain_ddp.state import GrainState
 from grain_ddp.wire import TorchWire
-from harness import launch, run
-from oracle import min_norm_point
-from ranks import SIZES, relative_error, same_everywhere
 
 LENGTHS = [1, 2, 7, 1000, 100_003]  # elements of the buckets; the largest takes several messages
 
@@ -171,9 +172,7 @@ def test_mixed_dtypes_share_one_weight_vector() -> None:
 def planted(kind: str, options: dict[str, Any]) -> Any:
     rank = dist.get_rank()
     buckets = [gradient(rank, b, 1000) for b in range(2)]
-    if rank == 1 and kind == "zero":
-        buckets = [torch.zeros_like(bucket) for bucket in buckets]
-    elif kind == "all zero":
+    if (rank == 1 and kind == "zero") or kind == "all zero":
         buckets = [torch.zeros_like(bucket) for bucket in buckets]
     elif rank == 1:
         buckets[0][17] = float(kind)
@@ -184,7 +183,11 @@ def planted(kind: str, options: dict[str, Any]) -> Any:
 def test_a_zero_gradient_is_absent(scope: str) -> None:
     every = run(3, planted, "zero", {"scope": scope})
     (results, record), _ = every[0]
-    rows = [[torch.cat(b) for _, b in every]] if scope == "global" else zip(*(b for _, b in every))
+    rows = (
+        [[torch.cat(b) for _, b in every]]
+        if scope == "global"
+        else zip(*(b for _, b in every), strict=True)
+    )
     exact = [min_norm_point(torch.stack(list(row))) for row in rows]
     assert relative_error(torch.cat(results), torch.from_numpy(np.concatenate(exact))) < 1e-5
     assert (record.weights[..., 1] == 0).all()

@@ -51,7 +51,7 @@ def test_a_death_is_told_from_an_error() -> None:
 
 def test_a_hang_ends_at_the_deadline() -> None:
     begin = time.monotonic()
-    with pytest.raises(RanksFailed, match="rank 1: hung(?s:.*)in one_hangs"):
+    with pytest.raises(RanksFailed, match=r"rank 1: hung(?s:.*)in one_hangs"):
         run(2, one_hangs, deadline=8, timeout=1)
     assert time.monotonic() - begin < 60
 

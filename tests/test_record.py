@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from grain_ddp.record import StepRecord
 
 

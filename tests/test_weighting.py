@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from grain_ddp.weighting import weigh
 
 NAN, INF = float("nan"), float("inf")
