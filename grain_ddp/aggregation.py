@@ -22,11 +22,11 @@ from grain_ddp.state import GrainState
 from grain_ddp.weighting import Weights, uniform, weigh
 from grain_ddp.wire import TorchWire, Transfer
 
-MESSAGE_BYTES = 1 << 20
+MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
 
-SCRATCH_BYTES = 32 << 20
-"""Bound of the memory for rows that arrive; that of the step's largest bucket, if it is less."""
+SCRATCH_BYTES = 64 << 20
+"""Bound of the memory for rows that arrive; twice the step's largest bucket, if that is less."""
 
 
 def cut(length: int, n: int, message: int) -> list[list[slice]]:
@@ -329,7 +329,7 @@ class Aggregation:
             memory = torch.empty(count, dtype=torch.uint8, device=buffer.device)
         else:
             largest = max(bucket.buffer.nbytes for bucket in self._buckets)
-            limit = max(min(SCRATCH_BYTES, largest), count)
+            limit = max(min(SCRATCH_BYTES, 2 * largest), count)
             while self._scratch.lent + count > limit:
                 self._release(next(iter(self._holders)))
             memory = piece.scratch = self._scratch.lend(count, buffer.device, limit)
