@@ -84,7 +84,7 @@ class _Bucket:
         self.buffer, self.done = buffer, done
         self.pieces: list[_Piece] = []
         self.gramian = torch.zeros(size, size, dtype=torch.float64, device=buffer.device)
-        self.sum: tuple[Transfer, Tensor]
+        self.sum = Transfer(), self.gramian
         self.weights: Weights
         self.transfer = Transfer()  # of the whole buffer, where it is simply averaged
 
@@ -146,7 +146,6 @@ class Aggregation:
         wire.agree(state.agreed())
         self.state, self.wire = state, wire
         self._stream: torch.cuda.Stream | None = None
-        self._triangle = torch.triu_indices(wire.size, wire.size)
         self.drop()
 
     def drop(self) -> None:
@@ -159,7 +158,8 @@ class Aggregation:
         """Let what is under way arrive, then forget it: after a step that broke off elsewhere."""
         try:
             for bucket in self._buckets:
-                bucket.transfer.wait()
+                for transfer in (bucket.transfer, bucket.sum[0]):
+                    transfer.wait()
                 for piece in bucket.pieces:
                     piece.transfer.wait()
         finally:
@@ -357,7 +357,7 @@ class Aggregation:
 
     def _start_sum(self, share: Tensor) -> tuple[Transfer, Tensor]:
         """Start to sum a Gramian [n, n] over the ranks: its upper triangle travels."""
-        rows, columns = self._triangle
+        rows, columns = torch.triu_indices(*share.shape)
         return self.wire.sum(share[rows, columns])
 
     def _weigh(self, pending: tuple[Transfer, Tensor]) -> Weights:

@@ -70,7 +70,8 @@ class StepRecord:
         """Cosine similarity of every two groups' gradients, ``[n, n]``; 0 where one is zero."""
         norms = self.norms
         scale = np.outer(norms, norms)
-        return np.divide(self._total[0], scale, out=np.zeros_like(scale), where=scale != 0)
+        with np.errstate(invalid="ignore"):
+            return np.divide(self._total[0], scale, out=np.zeros_like(scale), where=scale != 0)
 
     @property
     def conflicts_mean(self) -> int:
@@ -100,5 +101,6 @@ class StepRecord:
         if n == 1:
             return float("nan")
         small, big = np.diagonal(gramian).mean(), gramian.mean()
-        noise, signal = (small - big) / (1 - 1 / n), (n * big - small) / (n - 1)
+        with np.errstate(invalid="ignore"):
+            noise, signal = (small - big) / (1 - 1 / n), (n * big - small) / (n - 1)
         return float(noise / signal) if not signal <= 0 else float("inf")

@@ -81,8 +81,8 @@ def min_norm(
     the same bits out.
 
     Method: block principal pivoting (Júdice and Pires 1994; Portugal, Júdice and Vicente 1994)
-    with upper bounds and, where that overshoots, smaller blocks; where that cycles, Mehrotra's interior point method (1992), and pivoting
-    from the sides that it tells.
+    with upper bounds and, where that overshoots, smaller blocks; where that cycles, Mehrotra's
+    interior point method (1992), and pivoting from the sides that it tells.
 
     Raises:
         ValueError: G is not a real square matrix with n >= 1, not finite, not symmetric or not
@@ -219,8 +219,9 @@ class _Face:
 
     def inverse(self, h: Array) -> Array:
         if len(h) < 32:  # a second factorisation takes less time than a call of cholesky_solve
-            return np.linalg.solve(self.K, h)
-        x: Array = torch.cholesky_solve(torch.from_numpy(h[:, None]), self.L).numpy()[:, 0]
+            x: Array = np.linalg.solve(self.K, h)
+            return x
+        x = torch.cholesky_solve(torch.from_numpy(h[:, None]), self.L).numpy()[:, 0]
         return x
 
     def solve(self, total: float, h: Array | None = None) -> tuple[Array, float]:
@@ -303,7 +304,7 @@ def _pivot(
             refined, start = refined + 1, z
 
 
-def _interior(C: Array, u: Array, top: Array | None) -> tuple[Array, Indices, int]:
+def _interior(C: Array, u: Array, top: Array | None) -> tuple[Array, Array, int]:
     """Mehrotra's interior point method (1992): a z near the optimum, and where each z_i will be.
 
     Slower than pivoting, but it cannot cycle. s = top − z; p and q are the multipliers of z >= 0
@@ -339,7 +340,7 @@ def _interior(C: Array, u: Array, top: Array | None) -> tuple[Array, Indices, in
         if not np.isfinite(change).all():
             break
         # Tapia's indicators: what goes to its bound shrinks, its multiplier stays.
-        state = np.where(capped & (-dz / s < dq / q), 1, 0) - (dz / z < dp / p)
+        state = 1.0 * (capped & (-dz / s < dq / q)) - (dz / z < dp / p)
         z, p, s, q = z + step * dz, p + step * dp, s - step * dz, q + step * dq
         y = C @ z
         if total <= EPS * float(z.sum()) ** 2 or step < 1e-6:

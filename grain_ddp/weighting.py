@@ -36,7 +36,9 @@ class Weights:
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
         counted = list(self.active)
         gramian, weights = self.gramian[np.ix_(counted, counted)], self.weights[counted]
-        zero = weights @ gramian @ weights <= (4 * eps) ** 2 * np.diagonal(gramian).max(initial=0.0)
+        with np.errstate(all="ignore"):  # NaN and inf have no order: the weights it is
+            square, largest = weights @ gramian @ weights, np.diagonal(gramian).max(initial=0.0)
+            zero = square <= (4 * eps) ** 2 * largest
         return np.zeros_like(self.weights) if zero else self.weights
 
 

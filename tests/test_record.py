@@ -58,6 +58,7 @@ def test_buckets_add_up_to_the_whole_gradient() -> None:
     assert record.conflicts_aggregate == (rows @ aggregate < 0).sum()
 
 
+@pytest.mark.filterwarnings("error")
 def test_zero_and_non_finite_gradients_have_readings() -> None:
     zero = record_of(np.zeros((2, 3)), np.zeros(2))
     np.testing.assert_array_equal(zero.cosine, 0)
@@ -65,6 +66,10 @@ def test_zero_and_non_finite_gradients_have_readings() -> None:
     broken = record_of(np.array([[np.nan], [1.0]]), np.full(2, 0.5))
     assert np.isnan(broken.norm_aggregate)
     assert broken.conflicts_mean == 0
+    infinite = StepRecord(0, np.full((2, 2), np.inf), np.full(2, 0.5), np.nan, "", (0, 1), ())
+    assert infinite.norm_mean == np.inf
+    assert infinite.cosine.shape == (2, 2)
+    assert np.isnan(infinite.noise_scale) or infinite.noise_scale == np.inf
 
 
 def test_it_is_frozen() -> None:

@@ -61,6 +61,14 @@ def test_propagate(bad: float) -> None:
     found = weigh(gramian, "min_norm")
     np.testing.assert_array_equal(found.weights, np.full(3, 1 / 3))
     assert "not finite" in found.status
+    np.testing.assert_array_equal(found.factors(torch.float32), found.weights)
+
+
+def test_an_aggregate_that_is_zero_to_rounding_comes_out_as_zero() -> None:
+    opposite = weigh(gramian_of([1, 0], [-1, 1e-7]), "min_norm")
+    np.testing.assert_array_equal(opposite.factors(torch.float32), 0)
+    assert opposite.factors(torch.float64).sum() == pytest.approx(1)
+    assert weigh(gramian_of([1, 0], [-1, 1e-3]), "min_norm").factors(torch.float32).any()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
