@@ -114,12 +114,13 @@ def _rank(
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
+    store = dist.FileStore(str(Path(folder, "store")), n)
     with open(Path(folder, f"stack{rank}"), "w") as stack:
         faulthandler.dump_traceback_later(timeout * 3, file=stack)
         try:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(str(Path(folder, "store")), n),
+                store=store,
                 rank=rank,
                 world_size=n,
                 timeout=timedelta(seconds=timeout),
@@ -131,7 +132,8 @@ def _rank(
         # Plain pickle: multiprocessing's own would send a tensor as a handle of this process.
         result.send_bytes(pickle.dumps((value, error)))
         result.close()
-        if error is None:
-            dist.barrier()  # nobody leaves while another still talks to it
-            dist.destroy_process_group()
+        if error is None:  # nobody leaves while another still talks to it
+            store.set(f"done {rank}", "")
+            with contextlib.suppress(RuntimeError):  # another failed, and will not come
+                store.wait([f"done {other}" for other in range(n)], timedelta(seconds=timeout))
         os._exit(0)  # not waiting for gloo's threads, which may wait for a dead rank

@@ -74,7 +74,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 64, 512, 1024])
     parser.add_argument("--matrices", type=int, default=9)
+    parser.add_argument("--smoke", action="store_true", help="one small matrix of each kind")
     options = parser.parse_args()
+    if options.smoke:
+        options.sizes, options.matrices = [8], 1
     torch.set_num_threads(1)
     packages = ", ".join(f"{p} {version(p)}" for p in ("numpy", "torch", "daqp", "quadprog"))
     print(f"Python {platform.python_version()}, {packages}. CPU ms, median (largest).\n")
