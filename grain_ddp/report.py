@@ -1,0 +1,384 @@
+"""What a run's records say, in words and in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from grain_ddp.record import Array, StepRecord, named
+from grain_ddp.weighting import weigh
+
+# A group stands out if its mean over the run differs from the groups' median by this many robust
+# standard deviations of the groups (Iglewicz and Hoaglin 1993) and by this many standard errors.
+SPREADS, ERRORS = 3.5, 4.0
+
+FEWEST = 10
+"""With fewer records than this nobody is called an outlier."""
+
+_FINE = ("optimal", "mean", "custom", "inverse_norm")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of a run as arrays over T records and n groups, whole gradients in each.
+
+    Records with a gradient that is not finite are counted and left out of all arrays.
+    """
+
+    records: Sequence[StepRecord]
+    left_out: int  # of an earlier part of the run, with another number of groups
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> Run:
+        """From records in the order of their steps: the last ones with one number of groups."""
+        n = records[-1].gramian.shape[-1]
+        start = next(
+            (k + 1 for k in reversed(range(len(records))) if records[k].gramian.shape[-1] != n), 0
+        )
+        return cls(records[start:], start)
+
+    @property
+    def n(self) -> int:
+        return int(self.records[0].gramian.shape[-1])
+
+    @cached_property
+    def finite(self) -> list[StepRecord]:
+        return [r for r in self.records if np.isfinite(r.gramian).all()]
+
+    @cached_property
+    def steps(self) -> Array:
+        return np.array([r.step for r in self.finite], dtype=np.float64)
+
+    @cached_property
+    def gramians(self) -> Array:
+        """[T, n, n]"""
+        return np.array([r.gramian.reshape(-1, self.n, self.n).sum(0) for r in self.finite])
+
+    @cached_property
+    def weights(self) -> Array:
+        """[T, n], the mean over the buckets."""
+        return np.array([r.weights.reshape(-1, self.n).mean(0) for r in self.finite])
+
+    @cached_property
+    def norms(self) -> Array:
+        """[T, n]"""
+        return np.sqrt(np.diagonal(self.gramians, axis1=1, axis2=2))
+
+    @cached_property
+    def present(self) -> Any:
+        """[T, n]: whose gradient was not zero."""
+        return self.norms > 0
+
+    @cached_property
+    def cosines(self) -> Array:
+        """[T, n, n], NaN where a gradient is zero."""
+        both = self.present[:, :, None] & self.present[:, None, :]
+        return np.where(both, [r.cosine for r in self.finite], np.nan)
+
+    @cached_property
+    def cosine_to_others(self) -> Array:
+        """[T, n], NaN where the gradient is zero."""
+        return np.where(self.present, [r.cosine_to_others for r in self.finite], np.nan)
+
+    @cached_property
+    def statuses(self) -> Counter[str]:
+        """In how many records each status occurs."""
+        return Counter(
+            status
+            for r in self.records
+            for status in ({r.status} if isinstance(r.status, str) else set(r.status))
+        )
+
+    @property
+    def min_norm(self) -> bool:
+        """Whether the run was aggregated by GRAIN, and not only watched."""
+        return not set(self.statuses) <= {"mean", "custom", "inverse_norm"}
+
+    @cached_property
+    def grain(self) -> list[StepRecord]:
+        """What GRAIN did; or would have done at the same parameters, if it was not in charge."""
+        if self.min_norm:
+            return self.finite
+        return [
+            StepRecord(r.step, **vars(weigh(gramian, "min_norm")))
+            for r, gramian in zip(self.finite, self.gramians, strict=True)
+        ]
+
+    @cached_property
+    def gaps(self) -> Array:
+        """[T]: the duality gap over the mean squared gradient norm."""
+        squares = (self.norms**2).mean(1)
+        gaps = np.array([np.sum(r.gap) for r in self.finite])
+        return np.divide(gaps, squares, out=np.zeros_like(gaps), where=squares > 0)
+
+    def thirds(self) -> tuple[slice, slice]:
+        """The first and the last third of the records: early and late."""
+        third = max(len(self.finite) // 3, 1)
+        return slice(0, third), slice(-third, None)
+
+    def noise_scale(self, part: slice) -> float:
+        """`StepRecord.noise_scale` over several steps: a ratio of means, not a mean of ratios."""
+        whole = StepRecord(0, self.gramians[part].mean(0), np.zeros(self.n), 0.0, "", (), ())
+        return whole.noise_scale
+
+
+def outliers(values: Array) -> dict[int, float]:
+    """Groups whose values ``[T, n]`` stand out over the run, and how far from the median group."""
+    if len(values) < FEWEST or np.isnan(values).all(0).any():
+        return {}
+    means = np.nanmean(values, 0)
+    deviation = means - np.median(means)
+    spread = 1.4826 * np.median(np.abs(deviation))
+    relative = values - np.nanmedian(values, 1, keepdims=True)
+    error = np.nanstd(relative, 0) / np.sqrt(np.isfinite(values).sum(0))
+    far = np.abs(deviation) > np.maximum(SPREADS * spread, ERRORS * error)
+    return {int(i): float(deviation[i]) for i in np.flatnonzero(far)}
+
+
+def summary(run: Run, batch: int | None = None) -> str:
+    """The report in words. ``batch``: examples in one group's batch, if the caller knows."""
+    records = run.records
+    kind = (
+        "GRAIN"
+        if run.min_norm
+        else "the mean: GRAIN was watching only"
+        if set(run.statuses) == {"mean"}
+        else f"{', '.join(sorted(run.statuses))}: not GRAIN"
+    )
+    lines = [
+        f"{_count(len(records), 'record')}, steps {records[0].step} to {records[-1].step}, "
+        f"{_count(run.n, 'group')}. The steps taken were those of {kind}.",
+        "",
+        "What stands out",
+    ]
+    lines += [f"- {finding}" for finding in findings(run, batch)]
+    if run.finite:
+        lines += ["", *_numbers(run)]
+    return "\n".join(lines)
+
+
+def findings(run: Run, batch: int | None = None) -> Iterator[str]:
+    """What a person should notice, a sentence or a few each, the most urgent first."""
+    yield from _broken(run)
+    if not run.finite:
+        return
+    if run.n == 1:
+        yield "There is one group only: nothing to weigh, and nothing to compare."
+        return
+    strange = yield from _outliers(run)
+    yield from _pairs(run)
+    yield from _conflicts(run)
+    yield from _grain(run)
+    yield from _noise(run, batch, strange)
+
+
+def _broken(run: Run) -> Iterator[str]:
+    total = len(run.records)
+    if run.left_out:
+        yield (
+            f"The number of groups changed: the {_count(run.left_out, 'record')} before step "
+            f"{run.records[0].step} had another one, and are left out here."
+        )
+    if len(run.finite) < total:
+        yield (
+            f"{total - len(run.finite)} of {total} records have a gradient with NaN or inf, and "
+            "are left out of all that follows. Expected now and then with a loss scaler; else "
+            "look for a diverging loss."
+        )
+    dropped = Counter(i for r in run.records for i in named(r.dropped))
+    for group, count in sorted(dropped.items()):
+        yield f"Group {group} was dropped in {count} of {total} records: its gradient had NaN or inf."
+    absent = (~run.present).sum(0) if run.finite else np.zeros(0, dtype=int)
+    for group in np.flatnonzero(absent):
+        yield (
+            f"Group {group} had a gradient of exactly zero in {absent[group]} of {total} records. "
+            "It ran out of data, or its loss does not reach the parameters."
+        )
+    for status, count in run.statuses.items():
+        if not status.startswith((*_FINE, "not finite")):
+            yield f'In {count} of {total} records the status was "{status}".'
+
+
+def _outliers(run: Run) -> Generator[str, None, list[int]]:
+    cosine = np.nanmean(run.cosine_to_others, 0) if run.present.any(0).all() else np.zeros(run.n)
+    middle = float(np.median(cosine))
+    strange = []
+    for group, deviation in outliers(run.cosine_to_others).items():
+        if deviation < -max(abs(middle) / 2, 0.02):
+            strange.append(group)
+            yield (
+                f"Group {group} is an outlier: the cosine of its gradient to the sum of the others' "
+                f"is {cosine[group]:.2f} on average, and {middle:.2f} for the median group. Look at "
+                "its data and labels first."
+            )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        typical = np.nanmedian(np.where(run.present, run.norms, np.nan), 1, keepdims=True)
+        ratios = np.where(run.present, np.log(run.norms / typical), np.nan)
+    for group, deviation in outliers(ratios).items():
+        if abs(deviation) > math.log(2):
+            times = math.exp(abs(deviation))
+            way = "long" if deviation > 0 else "short"
+            why = (
+                "Its loss is larger: other data, wrong labels, or a loss that is summed and not "
+                "averaged. In a mean it counts for more than the others."
+                if deviation > 0
+                else "It fits its data already, or its loss is scaled down. Min-norm gives it a "
+                "large weight."
+            )
+            yield f"Group {group}'s gradient is {times:.1f} times as {way} as the median one. {why}"
+            strange.append(group)
+    return strange
+
+
+def _pairs(run: Run) -> Iterator[str]:
+    cosines = run.cosines
+    count = np.isfinite(cosines).sum(0)
+    if len(cosines) < FEWEST or not count.all():
+        return
+    mean, error = np.nanmean(cosines, 0), np.nanstd(cosines, 0) / np.sqrt(count)
+    pairs = [
+        (float(mean[i, j]), i, j)
+        for i, j in zip(*np.triu_indices(run.n, 1), strict=True)
+        if mean[i, j] < -max(0.05, ERRORS * error[i, j])
+    ]
+    if not pairs:
+        return
+    pairs.sort()
+    shown = [
+        f"{i} and {j} (cosine {value:.2f} on average, negative in "
+        f"{_percent(np.nanmean(cosines[:, i, j] < 0))} of the records)"
+        for value, i, j in pairs[:4]
+    ]
+    more = f", and {_count(len(pairs) - 4, 'more pair')}" if len(pairs) > 4 else ""
+    yield (
+        f"These groups pull against each other: {'; '.join(shown)}{more}. Their data ask for "
+        "different things."
+    )
+
+
+def _conflicts(run: Run) -> Iterator[str]:
+    mean, grain = opposed(run.finite, "conflicts_mean"), opposed(run.grain, "conflicts_aggregate")
+    early, late = run.thirds()
+    if not mean.any():
+        yield "The mean never pointed against a group: here it has no conflict that GRAIN could cure."
+        return
+    was, did = (
+        ("would have pointed", "opposed") if run.min_norm else ("pointed", "would have opposed")
+    )
+    rest = (
+        f"one in {_percent((grain > 0).mean())} of them" if grain.any() else "none in any of them"
+    )
+    yield (
+        f"The mean {was} against at least one group in {_percent((mean > 0).mean())} of the records "
+        f"(early {_percent((mean[early] > 0).mean())}, late {_percent((mean[late] > 0).mean())}). "
+        f"GRAIN {did} {rest}."
+    )
+
+
+def _grain(run: Run) -> Iterator[str]:
+    was = "was" if run.min_norm else "would have been"
+    mean, grain = norms_of(run)
+    if mean.any():
+        ratio = float(np.median(grain[mean > 0] / mean[mean > 0]))
+        yield (
+            f"GRAIN's step {was} {ratio:.2f} times as long as the mean's (median). Under SGD that "
+            "acts like a smaller learning rate: compare the two with a rate tuned for each."
+        )
+    weights = grain_weights(run).mean(0)
+    fair = 1 / run.n
+    top, low = int(weights.argmax()), int(weights.argmin())
+    if weights[top] > 1.5 * fair or weights[low] < 0.5 * fair:
+        yield (
+            f"GRAIN's weights {'are' if run.min_norm else 'would be'} uneven over the whole run: "
+            f"{weights[top]:.2f} for group {top} and {weights[low]:.2f} for group {low} on average, "
+            f"where the mean gives {fair:.2f}. It favours short gradients, of data that the model "
+            "fits already."
+        )
+    zero = sum(not run_weights.norm_aggregate > 0 for run_weights in run.grain)
+    if not run.min_norm and zero:
+        yield (
+            f"In {zero} of {len(run.grain)} records GRAIN would not have moved at all: the groups "
+            "have no common direction. Average more examples per group, or set a cap."
+        )
+
+
+def _noise(run: Run, batch: int | None, strange: Sequence[int]) -> Iterator[str]:
+    early, late = (run.noise_scale(part) for part in run.thirds())
+    one = f"batches of one group ({batch} examples)" if batch else "batches of one group"
+    if not math.isfinite(late):
+        yield (
+            "The gradient noise scale cannot be told from these records in the end: the groups' "
+            f"mean gradient is lost in noise. The noise is far more than {run.n} {one} average "
+            "out; a larger batch would cut the number of steps."
+        )
+        return
+    examples = f", {late * batch:.3g} examples" if batch else ""
+    if late > 2 * run.n:
+        verdict = "Most of the step is noise: a larger batch would cut the number of steps"
+    elif late < run.n / 2:
+        verdict = (
+            "The batch is larger than it needs to be: a smaller one would take little more steps"
+        )
+    else:
+        verdict = "The batch is about as large as is useful"
+    caveat = " (Groups that stand out count as noise here.)" if strange else ""
+    start = f"{early:.3g}" if math.isfinite(early) else "too large to tell"
+    yield (
+        f"The gradient noise scale is {late:.3g} {one}{examples} late in the run (early: {start}); "
+        f"a step uses {run.n}. {verdict}.{caveat}"
+    )
+
+
+def _numbers(run: Run) -> Iterator[str]:
+    early, late = run.thirds()
+    mean, grain = norms_of(run)
+    by_mean = opposed(run.finite, "conflicts_mean")
+    by_grain = opposed(run.grain, "conflicts_aggregate")
+    weights = grain_weights(run)
+    name = "GRAIN" if run.min_norm else "GRAIN, if it had been in charge"
+    rows = {
+        "norm of a group's gradient, median": [np.median(run.norms[p]) for p in (early, late)],
+        "norm of the mean": [np.median(mean[p]) for p in (early, late)],
+        f"norm of {name}": [np.median(grain[p]) for p in (early, late)],
+        "groups opposed by the mean": [by_mean[p].mean() for p in (early, late)],
+        f"groups opposed by {name}": [by_grain[p].mean() for p in (early, late)],
+        f"largest weight of {name}": [weights[p].max(1).mean() for p in (early, late)],
+        "noise scale, batches of one group": [run.noise_scale(p) for p in (early, late)],
+        "duality gap over mean squared norm, largest": [run.gaps[p].max() for p in (early, late)],
+    }
+    yield f"{'':52}{'early':>10}{'late':>10}"
+    for label, (first, last) in rows.items():
+        yield f"{label:52}{first:10.3g}{last:10.3g}"
+    yield "(early, late: the first and the last third of the records)"
+
+
+def opposed(records: Iterable[StepRecord], name: str) -> Array:
+    """[T]: how many groups the mean or the aggregate opposes."""
+    return np.array([getattr(r, name) for r in records], dtype=np.float64)
+
+
+def norms_of(run: Run) -> tuple[Array, Array]:
+    """Of the mean and of GRAIN, [T] each."""
+    return (
+        np.array([r.norm_mean for r in run.finite]),
+        np.array([r.norm_aggregate for r in run.grain]),
+    )
+
+
+def grain_weights(run: Run) -> Array:
+    """[T, n]: those that GRAIN gave, or would have given."""
+    return run.weights if run.min_norm else np.array([r.weights for r in run.grain])
+
+
+def _percent(share: Any) -> str:
+    return f"{100 * float(share):.0f} %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
