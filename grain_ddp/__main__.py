@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument(
         "--timeout",
         type=_positive,
-        default=60,
+        default=120,
         metavar="SECONDS",
-        help="how long each test may take (default: 60)",
+        help="how long each test may take (default: 120)",
     )
     doctor.set_defaults(run=_doctor)
 

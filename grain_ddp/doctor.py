@@ -141,9 +141,9 @@ def _two_ranks(backend: str, timeout: float) -> str | None:
                 return f"FAILED on rank {rank}: {said_lines[-1] if said_lines else 'no message'}"
         if any(process.returncode for process in ranks):
             return (
-                f"FAILED: no answer within {timeout:g} s. The ranks could not reach each other: set "
-                "GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to an interface from `ip link`, or allow "
-                "more time with --timeout"
+                f"FAILED: no answer within {timeout:g} s. If the ranks could not reach each other, "
+                "set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to an interface from `ip link`; "
+                "else allow more time with --timeout"
             )
     return None
 

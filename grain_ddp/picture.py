@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from grain_ddp.record import Array
-from grain_ddp.report import Run, grain_weights, norms_of, opposed, outliers
+from grain_ddp.report import Run, grain_weights, norms_of, opposed
 
 MEAN, GRAIN = "tab:gray", "tab:blue"
 STANDS_OUT = ("tab:red", "tab:orange", "tab:purple", "tab:brown")
@@ -43,9 +43,10 @@ def draw(run: Run, path: str | Path, title: str = "") -> None:
 
 def _weights(axis: Any, run: Run) -> None:
     weights = grain_weights(run)
-    columns = np.unique(np.linspace(0, len(weights) - 1, 400).astype(int))
+    edges = np.linspace(0, len(weights), min(len(weights), 150) + 1).astype(int)
+    means = np.add.reduceat(weights, edges[:-1]) / np.diff(edges)[:, None]
     image = axis.imshow(
-        weights[columns].T,
+        means.T,
         aspect="auto",
         interpolation="nearest",
         cmap="viridis",
@@ -58,7 +59,7 @@ def _weights(axis: Any, run: Run) -> None:
 
 
 def _norms(axis: Any, run: Run) -> None:
-    _groups(axis, run, np.where(run.present, run.norms, np.nan), _named_groups(run))
+    _groups(axis, run, np.where(run.present, run.norms, np.nan), run.outliers[: len(STANDS_OUT)])
     mean, grain = norms_of(run)
     axis.plot(run.steps, _smooth(mean), color="black", lw=2, ls="--", label="mean")
     axis.plot(run.steps, _smooth(grain), color=GRAIN, lw=2, label="GRAIN")
@@ -99,7 +100,7 @@ def _conflicts(axis: Any, run: Run) -> None:
         ("GRAIN", run.grain, "conflicts_aggregate", GRAIN),
     ):
         axis.plot(
-            run.steps, 100 * _smooth(opposed(records, reading)) / run.n, color=color, label=name
+            run.steps, 100 * _smooth(opposed(records, reading), 10) / run.n, color=color, label=name
         )
     axis.legend(fontsize="small")
     axis.set(xlabel="step", ylabel="%", title="Groups that the step points against")
@@ -107,7 +108,7 @@ def _conflicts(axis: Any, run: Run) -> None:
 
 
 def _to_others(axis: Any, run: Run) -> None:
-    _groups(axis, run, run.cosine_to_others, _named_groups(run))
+    _groups(axis, run, run.cosine_to_others, run.outliers[: len(STANDS_OUT)])
     axis.axhline(0, color="black", lw=0.8)
     axis.legend(fontsize="small")
     axis.set(xlabel="step", ylabel="cosine", title="Each group against the sum of the others")
@@ -145,12 +146,6 @@ def _did(run: Run, did: str, done: str) -> str:
     return f"that GRAIN {did}" if run.min_norm else f"that GRAIN would have {done}"
 
 
-def _named_groups(run: Run) -> list[int]:
-    """Groups to be seen among many: at most as many as there are colours."""
-    far = outliers(run.cosine_to_others)
-    return sorted(far, key=lambda i: -abs(far[i]))[: len(STANDS_OUT)]
-
-
 def _groups(axis: Any, run: Run, values: Array, marked: list[int]) -> None:
     """One thin line per group; those marked in colour and with a label."""
     for i, line in enumerate(_smooth(values).T):
@@ -161,13 +156,14 @@ def _groups(axis: Any, run: Run, values: Array, marked: list[int]) -> None:
         axis.plot(run.steps, _smooth(values[:, i]), color=color, lw=1.5, label=f"group {i}")
 
 
-def _smooth(values: Array) -> Array:
-    """Centred moving average along the first axis, over a thirtieth of the records; NaN skipped."""
-    width = len(values) // 60
+def _smooth(values: Array, share: int = 30) -> Array:
+    """Centred moving average along the first axis, over 1/share of the records; NaN skipped."""
+    width = len(values) // (2 * share)
     finite = np.isfinite(values)
     sums = np.cumsum(np.concatenate([0 * values[:1], np.where(finite, values, 0.0)]), 0)
     counts = np.cumsum(np.concatenate([0 * finite[:1], finite]), 0, dtype=np.float64)
     at = np.arange(len(values))
     low, high = np.maximum(at - width, 0), np.minimum(at + width + 1, len(values))
     total, count = sums[high] - sums[low], counts[high] - counts[low]
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    mean: Array = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return mean

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from grain_ddp.weighting import weigh
 # A group stands out if its mean over the run differs from the groups' median by this many robust
 # standard deviations of the groups (Iglewicz and Hoaglin 1993) and by this many standard errors.
 SPREADS, ERRORS = 3.5, 4.0
+
+SMALLEST = 0.02
+"""Cosines that differ by less than this, from zero or from each other, are not worth a word."""
 
 FEWEST = 10
 """With fewer records than this nobody is called an outlier."""
@@ -59,6 +63,7 @@ class Run:
     def gramians(self) -> Array:
         """[T, n, n]"""
         return np.array([r.gramian.reshape(-1, self.n, self.n).sum(0) for r in self.finite])
+        return gramians
 
     @cached_property
     def weights(self) -> Array:
@@ -68,7 +73,8 @@ class Run:
     @cached_property
     def norms(self) -> Array:
         """[T, n]"""
-        return np.sqrt(np.diagonal(self.gramians, axis1=1, axis2=2))
+        norms: Array = np.sqrt(np.diagonal(self.gramians, axis1=1, axis2=2))
+        return norms
 
     @cached_property
     def present(self) -> Any:
@@ -79,12 +85,42 @@ class Run:
     def cosines(self) -> Array:
         """[T, n, n], NaN where a gradient is zero."""
         both = self.present[:, :, None] & self.present[:, None, :]
-        return np.where(both, [r.cosine for r in self.finite], np.nan)
+        cosines: Array = np.where(both, [r.cosine for r in self.finite], np.nan)
+        return cosines
 
     @cached_property
     def cosine_to_others(self) -> Array:
         """[T, n], NaN where the gradient is zero."""
-        return np.where(self.present, [r.cosine_to_others for r in self.finite], np.nan)
+        cosines: Array = np.where(self.present, [r.cosine_to_others for r in self.finite], np.nan)
+        return cosines
+
+    @cached_property
+    def mean_cosine(self) -> Array:
+        """[n]: of each group to the sum of the others, over the records where it has a gradient."""
+        count = self.present.sum(0)
+        total: Array = np.nansum(self.cosine_to_others, 0)
+        mean: Array = np.divide(total, count, out=np.full(self.n, np.nan), where=count > 0)
+        return mean
+
+    @cached_property
+    def outliers(self) -> list[int]:
+        """Groups that point elsewhere: their cosine to the others is less than half the usual."""
+        floor = max(abs(float(np.median(self.mean_cosine))) / 2, SMALLEST)
+        return [i for i, far in outliers(self.cosine_to_others).items() if far < -floor]
+
+    @cached_property
+    def opposed_pairs(self) -> list[tuple[float, int, int]]:
+        """Mean cosine and groups of pairs that oppose each other, worst first; no outliers."""
+        count = np.isfinite(self.cosines).sum(0)
+        if len(self.cosines) < FEWEST or not count.all():
+            return []
+        mean, error = np.nanmean(self.cosines, 0), np.nanstd(self.cosines, 0) / np.sqrt(count)
+        others = [i for i in range(self.n) if i not in self.outliers]
+        return sorted(
+            (float(mean[i, j]), i, j)
+            for i, j in combinations(others, 2)
+            if mean[i, j] < -max(SMALLEST, ERRORS * error[i, j])
+        )
 
     @cached_property
     def statuses(self) -> Counter[str]:
@@ -171,11 +207,12 @@ def findings(run: Run, batch: int | None = None) -> Iterator[str]:
     if run.n == 1:
         yield "There is one group only: nothing to weigh, and nothing to compare."
         return
-    strange = yield from _outliers(run)
+    yield from _outliers(run)
+    yield from _lengths(run)
     yield from _pairs(run)
     yield from _conflicts(run)
     yield from _grain(run)
-    yield from _noise(run, batch, strange)
+    yield from _noise(run, batch)
 
 
 def _broken(run: Run) -> Iterator[str]:
@@ -193,11 +230,11 @@ def _broken(run: Run) -> Iterator[str]:
         )
     dropped = Counter(i for r in run.records for i in named(r.dropped))
     for group, count in sorted(dropped.items()):
-        yield f"Group {group} was dropped in {count} of {total} records: its gradient had NaN or inf."
-    absent = (~run.present).sum(0) if run.finite else np.zeros(0, dtype=int)
-    for group in np.flatnonzero(absent):
+        yield f"Group {group} was dropped in {count} of {total} records: it had NaN or inf."
+    absent = Counter(int(i) for i in np.nonzero(~run.present)[1]) if run.finite else Counter()
+    for group, count in sorted(absent.items()):
         yield (
-            f"Group {group} had a gradient of exactly zero in {absent[group]} of {total} records. "
+            f"Group {group} had a gradient of exactly zero in {count} of {total} records. "
             "It ran out of data, or its loss does not reach the parameters."
         )
     for status, count in run.statuses.items():
@@ -205,18 +242,17 @@ def _broken(run: Run) -> Iterator[str]:
             yield f'In {count} of {total} records the status was "{status}".'
 
 
-def _outliers(run: Run) -> Generator[str, None, list[int]]:
-    cosine = np.nanmean(run.cosine_to_others, 0) if run.present.any(0).all() else np.zeros(run.n)
-    middle = float(np.median(cosine))
-    strange = []
-    for group, deviation in outliers(run.cosine_to_others).items():
-        if deviation < -max(abs(middle) / 2, 0.02):
-            strange.append(group)
-            yield (
-                f"Group {group} is an outlier: the cosine of its gradient to the sum of the others' "
-                f"is {cosine[group]:.2f} on average, and {middle:.2f} for the median group. Look at "
-                "its data and labels first."
-            )
+def _outliers(run: Run) -> Iterator[str]:
+    for group in run.outliers:
+        found, typical = run.mean_cosine[group], np.median(run.mean_cosine)
+        yield (
+            f"Group {group} is an outlier: the cosine of its gradient to the sum of the others' is "
+            f"{found:.2f} on average, and {typical:.2f} for the median group. Look at its data and "
+            "labels first."
+        )
+
+
+def _lengths(run: Run) -> Iterator[str]:
     with np.errstate(divide="ignore", invalid="ignore"):
         typical = np.nanmedian(np.where(run.present, run.norms, np.nan), 1, keepdims=True)
         ratios = np.where(run.present, np.log(run.norms / typical), np.nan)
@@ -232,33 +268,22 @@ def _outliers(run: Run) -> Generator[str, None, list[int]]:
                 "large weight."
             )
             yield f"Group {group}'s gradient is {times:.1f} times as {way} as the median one. {why}"
-            strange.append(group)
-    return strange
 
 
 def _pairs(run: Run) -> Iterator[str]:
-    cosines = run.cosines
-    count = np.isfinite(cosines).sum(0)
-    if len(cosines) < FEWEST or not count.all():
+    if not run.opposed_pairs:
         return
-    mean, error = np.nanmean(cosines, 0), np.nanstd(cosines, 0) / np.sqrt(count)
-    pairs = [
-        (float(mean[i, j]), i, j)
-        for i, j in zip(*np.triu_indices(run.n, 1), strict=True)
-        if mean[i, j] < -max(0.05, ERRORS * error[i, j])
-    ]
-    if not pairs:
-        return
-    pairs.sort()
     shown = [
         f"{i} and {j} (cosine {value:.2f} on average, negative in "
-        f"{_percent(np.nanmean(cosines[:, i, j] < 0))} of the records)"
-        for value, i, j in pairs[:4]
+        f"{_percent(np.nanmean(run.cosines[:, i, j] < 0))} of the records)"
+        for value, i, j in run.opposed_pairs[:4]
     ]
-    more = f", and {_count(len(pairs) - 4, 'more pair')}" if len(pairs) > 4 else ""
+    more = len(run.opposed_pairs) - len(shown)
+    rest = f", and {_count(more, 'more pair')}" if more else ""
     yield (
-        f"These groups pull against each other: {'; '.join(shown)}{more}. Their data ask for "
-        "different things."
+        f"These groups pull against each other: {'; '.join(shown)}"
+        f"{rest}. Their data ask for different "
+        "things."
     )
 
 
@@ -266,7 +291,7 @@ def _conflicts(run: Run) -> Iterator[str]:
     mean, grain = opposed(run.finite, "conflicts_mean"), opposed(run.grain, "conflicts_aggregate")
     early, late = run.thirds()
     if not mean.any():
-        yield "The mean never pointed against a group: here it has no conflict that GRAIN could cure."
+        yield "The mean never pointed against a group: no conflict here that GRAIN could cure."
         return
     was, did = (
         ("would have pointed", "opposed") if run.min_norm else ("pointed", "would have opposed")
@@ -275,8 +300,9 @@ def _conflicts(run: Run) -> Iterator[str]:
         f"one in {_percent((grain > 0).mean())} of them" if grain.any() else "none in any of them"
     )
     yield (
-        f"The mean {was} against at least one group in {_percent((mean > 0).mean())} of the records "
-        f"(early {_percent((mean[early] > 0).mean())}, late {_percent((mean[late] > 0).mean())}). "
+        f"The mean {was} against at least one group in {_percent((mean > 0).mean())} of the "
+        f"records (early {_percent((mean[early] > 0).mean())}, late "
+        f"{_percent((mean[late] > 0).mean())}). "
         f"GRAIN {did} {rest}."
     )
 
@@ -296,9 +322,9 @@ def _grain(run: Run) -> Iterator[str]:
     if weights[top] > 1.5 * fair or weights[low] < 0.5 * fair:
         yield (
             f"GRAIN's weights {'are' if run.min_norm else 'would be'} uneven over the whole run: "
-            f"{weights[top]:.2f} for group {top} and {weights[low]:.2f} for group {low} on average, "
-            f"where the mean gives {fair:.2f}. It favours short gradients, of data that the model "
-            "fits already."
+            f"{weights[top]:.2f} for group {top} and {weights[low]:.2f} for group {low} on "
+            f"average, where the mean gives {fair:.2f}. It favours short gradients, of data that "
+            "the model fits already."
         )
     zero = sum(not run_weights.norm_aggregate > 0 for run_weights in run.grain)
     if not run.min_norm and zero:
@@ -308,14 +334,16 @@ def _grain(run: Run) -> Iterator[str]:
         )
 
 
-def _noise(run: Run, batch: int | None, strange: Sequence[int]) -> Iterator[str]:
+def _noise(run: Run, batch: int | None) -> Iterator[str]:
     early, late = (run.noise_scale(part) for part in run.thirds())
     one = f"batches of one group ({batch} examples)" if batch else "batches of one group"
+    differ = run.outliers or run.opposed_pairs
+    caveat = " What sets groups apart, see above, counts as noise here." if differ else ""
     if not math.isfinite(late):
         yield (
-            "The gradient noise scale cannot be told from these records in the end: the groups' "
-            f"mean gradient is lost in noise. The noise is far more than {run.n} {one} average "
-            "out; a larger batch would cut the number of steps."
+            "Late in the run the gradient noise scale is too large to tell: the mean gradient is "
+            f"lost in noise, far more than the {run.n} {one} of a step average out. A larger "
+            f"batch would cut the number of steps.{caveat}"
         )
         return
     examples = f", {late * batch:.3g} examples" if batch else ""
@@ -327,7 +355,6 @@ def _noise(run: Run, batch: int | None, strange: Sequence[int]) -> Iterator[str]
         )
     else:
         verdict = "The batch is about as large as is useful"
-    caveat = " (Groups that stand out count as noise here.)" if strange else ""
     start = f"{early:.3g}" if math.isfinite(early) else "too large to tell"
     yield (
         f"The gradient noise scale is {late:.3g} {one}{examples} late in the run (early: {start}); "
