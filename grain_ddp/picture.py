@@ -125,6 +125,7 @@ def _noise(axis: Any, run: Run) -> None:
     signal, noise = (run.n * big - small) / (run.n - 1), (small - big) / (1 - 1 / run.n)
     scale = np.divide(noise, signal, out=np.full_like(noise, np.nan), where=signal > 0)
     axis.plot(run.steps, scale, color="tab:green", label="noise scale (gaps: too large to tell)")
+    axis.set_xlim(run.steps[0] - 0.5, run.steps[-1] + 0.5)
     axis.axhline(run.n, color="black", ls=":", label=f"what a step uses: {run.n}")
     axis.set_yscale("log")
     axis.legend(fontsize="small")

@@ -63,7 +63,6 @@ class Run:
     def gramians(self) -> Array:
         """[T, n, n]"""
         return np.array([r.gramian.reshape(-1, self.n, self.n).sum(0) for r in self.finite])
-        return gramians
 
     @cached_property
     def weights(self) -> Array:
@@ -116,11 +115,12 @@ class Run:
             return []
         mean, error = np.nanmean(self.cosines, 0), np.nanstd(self.cosines, 0) / np.sqrt(count)
         others = [i for i in range(self.n) if i not in self.outliers]
-        return sorted(
+        pairs = (
             (float(mean[i, j]), i, j)
             for i, j in combinations(others, 2)
             if mean[i, j] < -max(SMALLEST, ERRORS * error[i, j])
         )
+        return sorted(pairs)
 
     @cached_property
     def statuses(self) -> Counter[str]:
@@ -151,7 +151,8 @@ class Run:
         """[T]: the duality gap over the mean squared gradient norm."""
         squares = (self.norms**2).mean(1)
         gaps = np.array([np.sum(r.gap) for r in self.finite])
-        return np.divide(gaps, squares, out=np.zeros_like(gaps), where=squares > 0)
+        relative: Array = np.divide(gaps, squares, out=np.zeros_like(gaps), where=squares > 0)
+        return relative
 
     def thirds(self) -> tuple[slice, slice]:
         """The first and the last third of the records: early and late."""
