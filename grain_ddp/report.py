@@ -104,21 +104,24 @@ class Run:
     @cached_property
     def outliers(self) -> list[int]:
         """Groups that point elsewhere: their cosine to the others is less than half the usual."""
-        floor = max(abs(float(np.median(self.mean_cosine))) / 2, SMALLEST)
-        return [i for i, far in outliers(self.cosine_to_others).items() if far < -floor]
+        far = standing_out(self.cosine_to_others)
+        if not far:
+            return []
+        floor = max(abs(float(np.nanmedian(self.mean_cosine))) / 2, SMALLEST)
+        return [i for i, deviation in far.items() if deviation < -floor]
 
     @cached_property
     def opposed_pairs(self) -> list[tuple[float, int, int]]:
         """Mean cosine and groups of pairs that oppose each other, worst first; no outliers."""
         count = np.isfinite(self.cosines).sum(0)
-        if len(self.cosines) < FEWEST or not count.all():
-            return []
-        mean, error = np.nanmean(self.cosines, 0), np.nanstd(self.cosines, 0) / np.sqrt(count)
+        enough = np.maximum(count, 1)
+        mean = np.nansum(self.cosines, 0) / enough
+        error = np.sqrt(np.nansum((self.cosines - mean) ** 2, 0)) / enough
         others = [i for i in range(self.n) if i not in self.outliers]
         pairs = (
             (float(mean[i, j]), i, j)
             for i, j in combinations(others, 2)
-            if mean[i, j] < -max(SMALLEST, ERRORS * error[i, j])
+            if count[i, j] >= FEWEST and mean[i, j] < -max(SMALLEST, ERRORS * error[i, j])
         )
         return sorted(pairs)
 
@@ -165,9 +168,15 @@ class Run:
         return whole.noise_scale
 
 
-def outliers(values: Array) -> dict[int, float]:
-    """Groups whose values ``[T, n]`` stand out over the run, and how far from the median group."""
-    if len(values) < FEWEST or np.isnan(values).all(0).any():
+def standing_out(values: Array) -> dict[int, float]:
+    """Groups whose values ``[T, n]`` stand out over the run, and how far from the median group.
+
+    NaN where a group has no value.
+    """
+    known = np.isfinite(values)
+    steps, groups = known.any(1), np.flatnonzero(known.any(0))
+    values = values[steps][:, groups]
+    if len(values) < FEWEST:
         return {}
     means = np.nanmean(values, 0)
     deviation = means - np.median(means)
@@ -175,7 +184,7 @@ def outliers(values: Array) -> dict[int, float]:
     relative = values - np.nanmedian(values, 1, keepdims=True)
     error = np.nanstd(relative, 0) / np.sqrt(np.isfinite(values).sum(0))
     far = np.abs(deviation) > np.maximum(SPREADS * spread, ERRORS * error)
-    return {int(i): float(deviation[i]) for i in np.flatnonzero(far)}
+    return {int(groups[i]): float(deviation[i]) for i in np.flatnonzero(far)}
 
 
 def summary(run: Run, batch: int | None = None) -> str:
@@ -245,7 +254,7 @@ def _broken(run: Run) -> Iterator[str]:
 
 def _outliers(run: Run) -> Iterator[str]:
     for group in run.outliers:
-        found, typical = run.mean_cosine[group], np.median(run.mean_cosine)
+        found, typical = run.mean_cosine[group], np.nanmedian(run.mean_cosine)
         yield (
             f"Group {group} is an outlier: the cosine of its gradient to the sum of the others' is "
             f"{found:.2f} on average, and {typical:.2f} for the median group. Look at its data and "
@@ -254,10 +263,8 @@ def _outliers(run: Run) -> Iterator[str]:
 
 
 def _lengths(run: Run) -> Iterator[str]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        typical = np.nanmedian(np.where(run.present, run.norms, np.nan), 1, keepdims=True)
-        ratios = np.where(run.present, np.log(run.norms / typical), np.nan)
-    for group, deviation in outliers(ratios).items():
+    logs = np.log(run.norms, out=np.full_like(run.norms, np.nan), where=run.present)
+    for group, deviation in standing_out(logs).items():
         if abs(deviation) > math.log(2):
             times = math.exp(abs(deviation))
             way = "long" if deviation > 0 else "short"

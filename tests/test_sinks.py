@@ -89,7 +89,7 @@ def test_steps_that_were_run_again_count_once(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_an_error(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other"
     path.write_text(text)
-    with pytest.raises(ValueError, match="sinks.jsonl"):
+    with pytest.raises(ValueError, match=r"sinks\.jsonl"):
         read_jsonl(path)
 
 
