@@ -65,6 +65,11 @@ def _report(options: argparse.Namespace) -> int:
     from grain_ddp.report import Run, summary
     from grain_ddp.sinks import read_jsonl
 
+    if not Path(options.log).exists():
+        raise ValueError(
+            f"grain_ddp: {options.log}: there is no such file. Give the one that "
+            "GrainState(on_step=grain_ddp.sinks.jsonl(...)) writes, on the host of rank 0."
+        )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run = Run.of(read_jsonl(options.log))

@@ -76,7 +76,9 @@ def examine(timeout: float) -> bool:
     print(
         "\nEverything that can be tested here works."
         if passed
-        else "\nA test failed: see above. The troubleshooting page explains the usual causes."
+        else "\nA test failed. If the message is about an address, a device or a connection, set "
+        "GLOO_SOCKET_IFNAME\n(or NCCL_SOCKET_IFNAME) to an interface that is up, from `ip link`, "
+        "or unset it. See also the\ndocumentation's page on troubleshooting."
     )
     return passed
 
@@ -141,9 +143,8 @@ def _two_ranks(backend: str, timeout: float) -> str | None:
                 return f"FAILED on rank {rank}: {said_lines[-1] if said_lines else 'no message'}"
         if any(process.returncode for process in ranks):
             return (
-                f"FAILED: no answer within {timeout:g} s. If the ranks could not reach each other, "
-                "set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to an interface from `ip link`; "
-                "else allow more time with --timeout"
+                f"FAILED: no answer within {timeout:g} s. On a busy machine allow more with "
+                "--timeout; else the ranks could not reach each other"
             )
     return None
 

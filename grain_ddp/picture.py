@@ -30,6 +30,10 @@ def draw(run: Run, path: str | Path, title: str = "") -> None:
     if not run.finite:
         raise ValueError("grain_ddp: nothing to draw: every record has a gradient with NaN or inf.")
     figure = Figure(figsize=(18, 8.5), layout="constrained")
+    if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise ValueError(
+            f"grain_ddp: {path}: expected a picture's name, ending in .png, .svg or .pdf."
+        )
     axes = figure.subplots(2, 4)
     for panel, axis in zip(
         (_weights, _norms, _early, _late, _conflicts, _to_others, _noise, _gap),

@@ -34,6 +34,18 @@ def test_report_says_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "<svg" in (tmp_path / "other.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [("run.foo", "expected a picture's name"), ("missing/run.png", "No such file")],
+)
+def test_a_picture_that_cannot_be_written(
+    out: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = log_of(tmp_path / "run.jsonl")
+    assert main(["report", str(path), "--out", str(tmp_path / out)]) == 1
+    assert expected in capsys.readouterr().err
+
+
 def test_report_tells_of_a_broken_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = log_of(tmp_path / "run.jsonl")
     path.write_text(path.read_text()[:-9])
@@ -60,7 +72,7 @@ def test_without_matplotlib_the_words_are_there(
         ([], 2, "COMMAND"),
         (["reprot"], 2, "invalid choice"),
         (["report"], 2, "LOG"),
-        (["report", "no.jsonl"], 1, "no.jsonl: No such file"),
+        (["report", "no.jsonl"], 1, "no.jsonl: there is no such file"),
         (["report", "no.jsonl", "--batch", "0"], 2, "expected a whole number of at least 1"),
         (["doctor", "--timeout", "soon"], 2, "found 'soon'"),
     ],
@@ -105,7 +117,9 @@ def test_doctor_tells_what_failed(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-device")
     assert not doctor.examine(60)
-    assert "FAILED on rank" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FAILED on rank" in said
+    assert "no-such-device" in said
 
 
 def test_doctor_does_not_wait_longer_than_it_may(
