@@ -25,7 +25,9 @@ SMALLEST = 0.02
 FEWEST = 10
 """With fewer records than this nobody is called an outlier."""
 
-_FINE = ("optimal", "mean", "custom", "inverse_norm")
+# What a record's status says of the rule that was in charge, if it was not GRAIN.
+_RULES = {"mean": "the mean", "inverse_norm": "inverse_norm", "custom": "a custom weighting"}
+_NO_RULE = ("not finite", "zero:")  # gradients that no rule can do anything about
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,15 @@ class Run:
             for status in ({r.status} if isinstance(r.status, str) else set(r.status))
         )
 
+    @cached_property
+    def rules(self) -> set[str]:
+        """Whose steps were taken, in words."""
+        return {_RULES.get(s, "GRAIN") for s in self.statuses if not s.startswith(_NO_RULE)}
+
     @property
     def min_norm(self) -> bool:
-        """Whether the run was aggregated by GRAIN, and not only watched."""
-        return not set(self.statuses) <= {"mean", "custom", "inverse_norm"}
+        """Whether all of the run was aggregated by GRAIN, and not only watched."""
+        return self.rules <= {"GRAIN"}
 
     @cached_property
     def grain(self) -> list[StepRecord]:
@@ -190,16 +197,11 @@ def standing_out(values: Array) -> dict[int, float]:
 def summary(run: Run, batch: int | None = None) -> str:
     """The report in words. ``batch``: examples in one group's batch, if the caller knows."""
     records = run.records
-    kind = (
-        "GRAIN"
-        if run.min_norm
-        else "the mean: GRAIN was watching only"
-        if set(run.statuses) == {"mean"}
-        else f"{', '.join(sorted(run.statuses))}: not GRAIN"
-    )
+    rules = " and ".join(sorted(run.rules or {"GRAIN"}))
+    watching = "" if "GRAIN" in rules else "; GRAIN was watching only"
     lines = [
         f"{_count(len(records), 'record')}, steps {records[0].step} to {records[-1].step}, "
-        f"{_count(run.n, 'group')}. The steps taken were those of {kind}.",
+        f"{_count(run.n, 'group')}. The steps were those of {rules}{watching}.",
         "",
         "What stands out",
     ]
@@ -248,7 +250,7 @@ def _broken(run: Run) -> Iterator[str]:
             "It ran out of data, or its loss does not reach the parameters."
         )
     for status, count in run.statuses.items():
-        if not status.startswith((*_FINE, "not finite")):
+        if not status.startswith((*_RULES, "optimal", "not finite")):
             yield f'In {count} of {total} records the status was "{status}".'
 
 

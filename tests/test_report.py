@@ -146,16 +146,29 @@ def test_what_went_wrong_is_told() -> None:
     records = records_of(gradients(20))
     broken = records[3].gramian.copy()
     broken[1] = broken[:, 1] = np.nan
-    records[3] = dataclasses.replace(records[3], gramian=broken, dropped=(1,))
+    records[3] = dataclasses.replace(
+        records[3], gramian=broken, dropped=(1,), status="not finite: propagated"
+    )
     zero = records[5].gramian.copy()
     zero[2] = zero[:, 2] = 0
     records[5] = dataclasses.replace(records[5], gramian=zero)
     records[6] = dataclasses.replace(records[6], status="zero gradient: nothing to do")
     text = words(records)
+    assert "those of GRAIN and the mean." in text  # record 6 is not one of averaging
     assert "1 of 20 records have a gradient with NaN or inf" in text
     assert "Group 1 was dropped in 1 of 20 records" in text
     assert "Group 2 had a gradient of exactly zero in 1 of 20 records" in text
     assert 'In 1 of 20 records the status was "zero gradient: nothing to do"' in text
+
+
+def test_a_watched_run_stays_one_when_a_gradient_is_not_finite() -> None:
+    records = records_of(gradients(20))
+    records[3] = dataclasses.replace(
+        records[3], gramian=np.full((4, 4), np.nan), status="not finite: propagated"
+    )
+    run = Run.of(records)
+    assert not run.min_norm
+    assert "those of the mean; GRAIN was watching only" in summary(run)
 
 
 def test_another_number_of_groups_starts_anew() -> None:
