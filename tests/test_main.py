@@ -96,6 +96,13 @@ def test_errors_are_sentences(
     assert "Traceback" not in err
 
 
+def test_a_reader_may_leave(tmp_path: Path) -> None:
+    path = log_of(tmp_path / "run.jsonl")
+    command = f"{sys.executable} -m grain_ddp report {path} --no-picture | true"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize("command", [[], ["report"], ["doctor"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
