@@ -1,7 +1,7 @@
 """Where the records of a run go: ``GrainState(on_step=jsonl("run.jsonl"))``.
 
-Each function here returns a callable for `on_step`. It may be given on every rank: rank 0 writes,
-the others do nothing. For several at once, call them from a function of your own.
+Each function here returns a callable for `on_step`. It may be given on every rank: rank 0 of all
+ranks writes, the others do nothing. For several at once, call them from a function of your own.
 """
 
 from __future__ import annotations
