@@ -74,6 +74,19 @@ class StepRecord:
             return np.divide(self._total[0], scale, out=np.zeros_like(scale), where=scale != 0)
 
     @property
+    def cosine_to_others(self) -> Array:
+        """Cosine similarity of each gᵢ to the sum of the other groups' gradients, ``[n]``.
+
+        0 where one of them is zero. A group far below the others is an outlier.
+        """
+        gramian = self._total[0]
+        squares, rows = np.diagonal(gramian), gramian.sum(1)
+        others = np.maximum(gramian.sum() - 2 * rows + squares, 0.0)  # ‖Σ_{j≠i} gⱼ‖²
+        scale = np.sqrt(squares * others)
+        cosine: Array = np.divide(rows - squares, scale, out=np.zeros_like(scale), where=scale != 0)
+        return cosine
+
+    @property
     def conflicts_mean(self) -> int:
         """In how many of the n pairs (mean, gᵢ) the inner product is negative."""
         return self._conflicts(self._total[0].mean(1), self._total[0].mean())
@@ -104,3 +117,8 @@ class StepRecord:
         with np.errstate(invalid="ignore"):
             noise, signal = (small - big) / (1 - 1 / n), (n * big - small) / (n - 1)
         return float(noise / signal) if not signal <= 0 else float("inf")
+
+
+def named(groups: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> set[int]:
+    """The groups in `StepRecord.active` or `StepRecord.dropped`, in any bucket."""
+    return {i for entry in groups for i in (entry if isinstance(entry, tuple) else (entry,))}

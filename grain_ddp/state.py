@@ -37,7 +37,7 @@ class GrainState:
         nonfinite: "propagate" a NaN or inf to every rank alike, or "drop" its group.
         record_every: a `StepRecord` every that many steps.
         on_step: called with the `StepRecord` of each recorded step, on every rank, when the step's
-            gradients are complete.
+            gradients are complete. `grain_ddp.sinks` has some to write files and logs.
 
     Attributes:
         step: steps completed so far.

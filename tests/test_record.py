@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from grain_ddp.record import StepRecord
+from grain_ddp.record import StepRecord, named
 
 
 def record_of(rows: np.ndarray, weights: np.ndarray) -> StepRecord:
@@ -23,6 +23,10 @@ def test_readings_are_those_of_the_gradients() -> None:
     assert record.norm_aggregate == pytest.approx(np.linalg.norm(aggregate))
     np.testing.assert_allclose(record.norms, norms)
     np.testing.assert_allclose(record.cosine, rows @ rows.T / np.outer(norms, norms))
+    for i, row in enumerate(rows):
+        others = rows.sum(0) - row
+        expected = row @ others / np.linalg.norm(row) / np.linalg.norm(others)
+        assert record.cosine_to_others[i] == pytest.approx(expected)
     assert record.conflicts_mean == (rows @ mean < 0).sum()
     assert record.conflicts_aggregate == (rows @ aggregate < 0).sum()
     assert record.conflicts_mean + record.conflicts_aggregate > 0  # so the above says something
@@ -75,3 +79,15 @@ def test_zero_and_non_finite_gradients_have_readings() -> None:
 def test_it_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         record_of(np.ones((1, 1)), np.ones(1)).step = 3  # type: ignore[misc]
+
+
+def test_a_zero_gradient_has_no_direction() -> None:
+    rows = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    found = record_of(rows, np.full(3, 1 / 3)).cosine_to_others
+    np.testing.assert_allclose(found, [np.sqrt(0.5), 0, np.sqrt(0.5)])
+    np.testing.assert_array_equal(record_of(rows[:1], np.ones(1)).cosine_to_others, [0])
+
+
+def test_groups_named_in_any_bucket() -> None:
+    assert named(()) == named(((), ())) == set()
+    assert named((0, 2)) == named(((2,), (0,), ())) == {0, 2}
