@@ -309,10 +309,10 @@ class Aggregation:
     def _cut(self, bucket: _Bucket) -> list[_Piece]:
         buffer, n = bucket.buffer, self.wire.size
         message = MESSAGE_BYTES if buffer.device.type == "cpu" else SCRATCH_BYTES // n
-        columns = len(buffer) // n
+        columns = buffer.numel() // n
         matrix = buffer[: columns * n].view(n, columns)
         pieces = []
-        for slots in cut(len(buffer), n, -(-message // buffer.itemsize)):
+        for slots in cut(buffer.numel(), n, -(-message // buffer.itemsize)):
             home = matrix[:, slots[0]] if slots[0] != slice(0, 0) else None
             pieces.append(_Piece(bucket, [buffer[slot] for slot in slots], home))
         return pieces
@@ -322,7 +322,7 @@ class Aggregation:
         buffer, n = piece.bucket.buffer, self.wire.size
         narrow = narrow_dtype(self.state, buffer)
         dtype = narrow or buffer.dtype
-        lengths = [len(slot) for slot in piece.slots]
+        lengths = [slot.numel() for slot in piece.slots]
         width = lengths[self.wire.rank]
         count = (n * width + (sum(lengths) if narrow else 0)) * dtype.itemsize
         if piece.home is None:  # a few columns, which have no home to return to

@@ -34,8 +34,10 @@ class Weights:
         out, which point anywhere, against some gradient too.
         """
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
-        counted = list(self.active)
-        gramian, weights = self.gramian[np.ix_(counted, counted)], self.weights[counted]
+        gramian, weights = self.gramian, self.weights
+        if len(self.active) < len(weights):
+            counted = list(self.active)
+            gramian, weights = gramian[np.ix_(counted, counted)], weights[counted]
         with np.errstate(all="ignore"):  # NaN and inf have no order: the weights it is
             square, largest = weights @ gramian @ weights, np.diagonal(gramian).max(initial=0.0)
             zero = square <= (4 * eps) ** 2 * largest
@@ -112,7 +114,7 @@ def weigh(
     weights = np.zeros(n)
     if not len(active):
         return Weights(gramian, weights, "zero: every gradient is zero", (), dropped, 0.0)
-    inner = gramian[np.ix_(active, active)]
+    inner = gramian if len(active) == n else gramian[np.ix_(active, active)]
     if callable(weighting):
         weights[active], status = _call(weighting, inner, seed), "custom"
     else:

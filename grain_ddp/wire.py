@@ -80,8 +80,10 @@ class TorchWire:
         # On gloo, pairs of messages take half of the time of its own all_to_all and all_gather.
         # Starting with the next rank spreads the ranks over the links.
         peers = [(self.rank + k) % self.size for k in range(1, self.size)]
-        works = [self.group.recv([receive[j]], j, tag) for j in reversed(peers) if len(receive[j])]
-        works += [self.group.send([send[j]], j, tag) for j in peers if len(send[j])]
+        works = [
+            self.group.recv([receive[j]], j, tag) for j in reversed(peers) if receive[j].numel()
+        ]
+        works += [self.group.send([send[j]], j, tag) for j in peers if send[j].numel()]
         return works
 
     def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:

@@ -1,12 +1,12 @@
-"""Step time of monitor mode against plain DDP, as a Markdown table.
+"""Step time of GRAIN and of monitor mode against plain DDP, as a Markdown table.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 docs/benchmarks/monitor.py
-    python docs/benchmarks/monitor.py --smoke     # one rank, a few steps
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 docs/benchmarks/step_time.py
+    python docs/benchmarks/step_time.py --smoke     # one rank, a few steps
 
 All variants train the same model in the same processes and take turns in blocks of ten steps, so
 that each block of record_every=10 holds one record. Times are medians over the blocks of a rank-0
-clock; a ratio is the median of the ratios to plain DDP's block of the same round. Records go to a
-JSONL file, as a user's would.
+clock; a ratio is the median of the ratios to plain DDP's block of the same round. The no-op hook
+leaves out all communication. Monitor mode's records go to a JSONL file, as a user's would.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +25,31 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, grain_hook
+from grain_ddp import GrainState, grain_hook, noop_hook
 from grain_ddp.sinks import jsonl
 
 STEPS = 10  # in a block
-EVERY = {"plain DDP": None, "monitor, every step": 1, "monitor, every 10th step": 10}
+VARIANTS: dict[str, dict[str, Any] | None] = {  # options of GrainState; None: no hook of ours
+    "plain DDP": None,
+    "no-op hook": None,
+    "GRAIN, global": {},
+    "GRAIN, bucket": {"scope": "bucket"},
+    "GRAIN, global, bf16 on the wire": {"wire_dtype": torch.bfloat16},
+    "monitor, every step": {"weighting": "mean"},
+    "monitor, every 10th step": {"weighting": "mean", "record_every": 10},
+}
 
 
-def model(width: int, every: int | None, log: Path) -> DistributedDataParallel:
+def model(name: str, width: int, log: Path) -> DistributedDataParallel:
     torch.manual_seed(0)
     layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
     net = DistributedDataParallel(nn.Sequential(*layers, nn.Linear(width, 10)))
-    if every is not None:
-        state = GrainState(weighting="mean", record_every=every, on_step=jsonl(log))
-        net.register_comm_hook(state, grain_hook)
+    options = VARIANTS[name]
+    if name == "no-op hook":
+        net.register_comm_hook(None, noop_hook)
+    elif options is not None:
+        sink = jsonl(log) if "weighting" in options else None
+        net.register_comm_hook(GrainState(on_step=sink, **options), grain_hook)
     return net
 
 
@@ -80,8 +92,8 @@ def main() -> None:
         for width in options.widths:
             x = torch.randn(options.batch, width)
             nets = {
-                name: model(width, every, Path(folder, f"{width}-{every}.jsonl"))
-                for name, every in EVERY.items()
+                name: model(name, width, Path(folder, f"{width}-{k}.jsonl"))
+                for k, name in enumerate(VARIANTS)
             }
             times: dict[str, list[float]] = {name: [] for name in nets}
             for round_ in range(options.rounds + 1):
