@@ -16,11 +16,12 @@ LAYERS = [
     {"wire"},  # what moves
     {"state"},
     {"aggregation"},  # the only place where both meet
-    {"simulation", "ddp", "loop"},  # integrations, which do not import each other
+    {"sharded"},  # the same without its gather
+    {"simulation", "ddp", "loop", "deepspeed"},  # integrations, which do not import each other
     {"__init__"},
 ]
 MATHEMATICS = {"solver", "record", "gramian", "weighting"}
-DISTRIBUTED = {"wire", "state", "ddp"}  # may name torch.distributed
+DISTRIBUTED = {"wire", "state", "ddp", "deepspeed"}  # may name torch.distributed
 
 
 def imports(module: str) -> set[str]:
