@@ -10,6 +10,7 @@ script that nobody wants to edit: ``python -m grain_ddp.deepspeed train.py ...``
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -45,10 +46,7 @@ except ImportError as error:
 
 OLDEST = (0, 19, 1)
 
-_OPTIONS = {name for name in inspect.signature(GrainState).parameters} - {
-    "process_group",
-    "on_step",
-}
+_OPTIONS = set(inspect.signature(GrainState).parameters) - {"process_group", "on_step"}
 _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -133,7 +131,7 @@ def attach(engine: Any) -> None:
     else:
         raise ValueError(
             f"grain_ddp: zero_optimization.stage {stage} with {type(optimizer).__name__} is not "
-            'supported. Use one of DeepSpeed\'s own ZeRO optimizers, or "grain": {"enabled": false}.'
+            "supported. Use one of DeepSpeed's own ZeRO optimizers, or disable grain."
         )
     engine.grain = state
     if wire.rank == 0:
@@ -226,7 +224,10 @@ def _check_combination(engine: Any, config: Mapping[str, Any]) -> None:
         refused.append(("optimizer (Muon)", "it needs whole matrices, not parts"))
     expected = _ranks(engine.seq_data_parallel_group)
     for p in engine.module.parameters():
-        if _ranks(getattr(p, "ds_process_group", None) or engine.seq_data_parallel_group) != expected:
+        if (
+            _ranks(getattr(p, "ds_process_group", None) or engine.seq_data_parallel_group)
+            != expected
+        ):
             refused.append(("deepspeed.zero.Init", "a parameter has a process group of its own"))
             break
     if refused:
@@ -342,7 +343,9 @@ class _Replicated:
         if self.scale != 1:
             flat *= self.scale
         if flat.data_ptr() != chunk[0].data_ptr():
-            for g, values in zip(chunk, flat.split([g.numel() for g in chunk]), strict=True):
+            for g, values in zip(
+                chunk, flat.split_with_sizes([g.numel() for g in chunk]), strict=True
+            ):
                 g.copy_(values.view_as(g))
 
 
@@ -460,7 +463,7 @@ class _Stage12(_Sharded):
     def _reduce(self, flat: Tensor, params: list[tuple[int, int, int]]) -> Tensor:
         if not self.holds and flat.numel():
             every = [(i, self.optimizer.bit16_groups[i][index]) for i, index, _ in params]
-            parts = flat.split([p.numel() for _, p in every])
+            parts = flat.split_with_sizes([p.numel() for _, p in every])
             self.push(self.owned((i, p, g) for (i, p), g in zip(every, parts, strict=True)))
         return flat
 
@@ -540,12 +543,12 @@ def install() -> None:
         return
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         attach(self)
 
-    __init__.grain_ddp = True  # type: ignore[attr-defined]
-    DeepSpeedEngine.__init__ = __init__
+    initialise.grain_ddp = True  # type: ignore[attr-defined]
+    DeepSpeedEngine.__init__ = initialise
 
 
 def main() -> None:
@@ -563,8 +566,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Under its own name, so that a script that imports this module too gets the same one.
-    from grain_ddp.deepspeed import main as run
-
-    run()
+    importlib.import_module("grain_ddp.deepspeed").main()
 else:
     install()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 from harness import launch, run
 from oracle import min_norm_point
 from ranks import flat, gather, loss, network, relative_error, same_everywhere
@@ -57,7 +56,6 @@ def config(stage: int, grain: dict[str, Any] | None = None, **more: Any) -> dict
 
 
 def engine_for(settings: dict[str, Any], model: torch.nn.Module | None = None) -> Any:
-    torch._dynamo.config.disable = True  # importing a compiler takes DeepSpeed seconds per rank
     model = network() if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     return deepspeed.initialize(
@@ -228,9 +226,7 @@ def half(stage: int, scope: str, passes: int, spoil: bool) -> Any:
         engine.step()
     after = masters(engine)
     assert same_everywhere(after)
-    expected = (
-        sum(map(min_norm, rows)) if stage >= 2 and scope == "bucket" else min_norm(sum(rows))
-    )
+    expected = sum(map(min_norm, rows)) if stage >= 2 and scope == "bucket" else min_norm(sum(rows))
     engine.destroy()
     if spoil:
         return torch.equal(before, after)
@@ -342,8 +338,7 @@ def test_errors_at_initialize_name_the_key() -> None:
         ({"zero": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
         ({"zero": {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
     ]
-    cases += [(config(0 if "sparse_gradients" in more else 3, {}, **more), key) for more, key in together]
-    assert run(2, refusals, cases) == [[], []]
+XX    assert run(2, refusals, cases) == [[], []]
 
 
 def on_two_minds() -> None:
@@ -397,7 +392,7 @@ def test_a_gradient_on_some_ranks_only_is_an_error_on_all() -> None:
 
 def test_another_deepspeed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
-    with pytest.raises(RuntimeError, match="0.19.1 or newer"):
+    with pytest.raises(RuntimeError, match=r"0\.19\.1 or newer"):
         grain_ddp.deepspeed._check_version()
     monkeypatch.undo()
     grain_ddp.deepspeed._check_version()
