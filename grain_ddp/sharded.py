@@ -227,8 +227,10 @@ class ShardedAggregation:
         rows = piece.rows
         if piece.stash:
             rows = read(piece.stash, rows).view(self.wire.size, rows.shape[1])
-        for j in weights.dropped:
-            rows[j].zero_()  # 0 · NaN is NaN
+        if weights.dropped:
+            rows[list(weights.dropped)] = 0  # 0 · NaN is NaN
+            for view in (view for views in piece.slots for view in views):
+                view.zero_()  # nor may an optimizer find one beside its own part
         result = like.new_empty(rows.shape[1])
         weighted_sum(rows, factors, out=result)
         write(piece.slots[self.wire.rank], result)

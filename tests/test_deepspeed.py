@@ -338,7 +338,10 @@ def test_errors_at_initialize_name_the_key() -> None:
         ({"zero": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
         ({"zero": {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
     ]
-XX    assert run(2, refusals, cases) == [[], []]
+    cases += [
+        (config(0 if "sparse_gradients" in more else 3, {}, **more), key) for more, key in together
+    ]
+    assert run(2, refusals, cases) == [[], []]
 
 
 def on_two_minds() -> None:
