@@ -26,8 +26,8 @@ TRAIN = 1000  # images; the other 797 are for testing
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    deepspeed.add_config_arguments(parser)
+    parser.add_argument("--deepspeed_config", required=True, help="one of the stage*.json")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     options = parser.parse_args()
     deepspeed.init_distributed()
     rank = torch.distributed.get_rank()
@@ -40,7 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     engine, *_ = deepspeed.initialize(
-        args=options, model=net, model_parameters=list(net.parameters())
+        model=net, model_parameters=list(net.parameters()), config=options.deepspeed_config
     )
     size = engine.train_micro_batch_size_per_gpu()
     draw = torch.Generator().manual_seed(rank)
