@@ -112,6 +112,8 @@ def attach(engine: Any) -> None:
     _check_version()
     _check_combination(engine, config)
     stage = int(engine.zero_optimization_stage())
+    if stage and _basic_optimizer(engine) is None:
+        return  # for inference
     log = options.pop("log", None)
     options.setdefault("scope", "bucket" if stage >= 2 else "global")
     state = _state(options)
@@ -126,8 +128,6 @@ def attach(engine: Any) -> None:
         _Stage12(engine, state, wire)
     elif stage <= 1:  # also DeepSpeed's BF16_Optimizer, whose stage is 1
         _Replicated(engine, state, wire)
-    elif optimizer is None:
-        return  # inference
     else:
         raise ValueError(
             f"grain_ddp: zero_optimization.stage {stage} with {type(optimizer).__name__} is not "
@@ -220,7 +220,7 @@ def _check_combination(engine: Any, config: Mapping[str, Any]) -> None:
         refused.append(("mpu (model parallelism)", "a rank holds a part of a group's gradient"))
     if not engine.enable_backward_allreduce:
         refused.append(("optimizer.type", "it does without DeepSpeed's reduction"))
-    if "muon" in type(engine.basic_optimizer).__name__.lower():
+    if "muon" in type(_basic_optimizer(engine)).__name__.lower():
         refused.append(("optimizer (Muon)", "it needs whole matrices, not parts"))
     expected = _ranks(engine.seq_data_parallel_group)
     for p in engine.module.parameters():
@@ -236,6 +236,11 @@ def _check_combination(engine: Any, config: Mapping[str, Any]) -> None:
             f'grain_ddp: "grain" cannot be honoured together with {key}: {why}. '
             f"Change {key}, or disable grain."
         )
+
+
+def _basic_optimizer(engine: Any) -> Any:
+    """The optimizer that DeepSpeed wraps, or None if it was given none."""
+    return getattr(engine, "basic_optimizer", None)
 
 
 def _refuses(config: Any, key: str, bad: Callable[[Any], bool]) -> bool:

@@ -344,6 +344,16 @@ def test_errors_at_initialize_name_the_key() -> None:
     assert run(2, refusals, cases) == [[], []]
 
 
+def for_inference() -> list[bool]:
+    engines = [deepspeed.initialize(model=network(), config=config(3, {}))[0]]
+    engines += [engine_for(config(3)), engine_for(config(3) | {"grain": {"enabled": False}})]
+    return [engine.grain is None for engine in engines]
+
+
+def test_where_there_is_nothing_to_do() -> None:
+    assert run(2, for_inference) == [[True] * 3] * 2
+
+
 def on_two_minds() -> None:
     rank = torch.distributed.get_rank()
     engine_for(config(2, {"weighting": ["min_norm", "mean"][rank]}))
