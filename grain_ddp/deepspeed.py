@@ -398,7 +398,7 @@ class _Sharded:
         if not self.holds:
             self.epilogue()
             if boundary:
-                self.aggregation.finish()
+                self.finish()
         elif boundary:
             with torch.no_grad():
                 self.release()
@@ -416,9 +416,18 @@ class _Sharded:
         for dtype in dict.fromkeys(self.gradient(p).dtype for _, p in held):
             some = [(i, p) for i, p in held if self.gradient(p).dtype == dtype]
             self.push(self.owned((i, p, _flat(self.gradient(p))) for i, p in some))
-        self.aggregation.finish()
+        self.finish()
         for i, p in held:
             self.replay(i, p)
+
+    def finish(self) -> None:
+        if not self.aggregation.pending:
+            raise RuntimeError(
+                f"grain_ddp: DeepSpeed {deepspeed.__version__} ended a step and no gradient was "
+                "reduced (some versions do, on a CPU, with zero_optimization.contiguous_gradients "
+                "false). Set it to true, or see whether the loss reaches a parameter."
+            )
+        self.aggregation.finish()
 
     def push(self, owned: list[Views]) -> None:
         """Aggregate, now or with all of the step, what belongs to each rank, in place."""
@@ -485,7 +494,9 @@ class _Stage12(_Sharded):
         for i, p, gradient in gradients:
             key = optimizer.get_param_id(p)
             ranks = optimizer.param_to_partition_ids[i][key]
-            starts = sorted((optimizer.grad_start_offset[i][rank][key], rank) for rank in ranks)
+            starts = sorted(
+                (int(optimizer.grad_start_offset[i][rank][key]), rank) for rank in ranks
+            )
             stops = [start for start, _ in starts[1:]] + [len(gradient)]
             for (start, rank), stop in zip(starts, stops, strict=True):
                 owned[rank].append(gradient[start:stop])

@@ -127,6 +127,11 @@ class ShardedAggregation:
         self._buckets: list[_Bucket] = []
         self._kept = 0  # bytes of rows that have memory of their own
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything was pushed in this step."""
+        return bool(self._weights or self._buckets)
+
     def push(self, owned: Sequence[Sequence[Tensor]]) -> None:
         """Aggregate ``owned[j]``, flat views of this rank's gradient that belong to rank j.
 

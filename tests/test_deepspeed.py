@@ -28,6 +28,10 @@ import grain_ddp.deepspeed
 # (By name: as an attribute, deepspeed.comm.torch is PyTorch.)
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
+# On a CPU, older ones are sometimes wrong at stage 3, and reduce nothing if contiguous_gradients is
+# false.
+RIGHT = tuple(map(int, deepspeed.__version__.split(".")[:3])) >= (0, 19, 8)
+STAGES = [0, 1, 2, 3] if RIGHT else [0, 1, 2]
 RATE, MOMENTUM = 0.5, 0.9
 Rule = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,7 +131,7 @@ def errors(cases: list[tuple[dict[str, Any], int, bool]], steps: int = 4) -> lis
 def test_parameters_equal_the_reference(n: int) -> None:
     cases = [
         (config(stage, {"scope": scope}), passes, scope == "bucket" and stage >= 2)
-        for stage in range(4)
+        for stage in STAGES
         for scope in ("global", "bucket")
         for passes in (1, 2)
     ]
@@ -147,9 +151,9 @@ ZERO_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_settings_of_zero(stage: int) -> None:
-    settings = [dict(zero) for zero in ZERO_SETTINGS]
+    settings = [zero for zero in ZERO_SETTINGS if RIGHT or zero.get("contiguous_gradients", True)]
     if stage == 3:
         settings += [
             {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
@@ -195,7 +199,7 @@ def test_mean_is_plain_deepspeed() -> None:
             gradient_accumulation_steps=2,
             **more,
         )
-        for stage in range(4)
+        for stage in STAGES
         for scope in ("global", "bucket")
         for bucket in (1_000_000, 600)
         for more in ({}, {"bf16": {"enabled": True}})
@@ -233,12 +237,12 @@ def half(stage: int, scope: str, passes: int, spoil: bool) -> Any:
     return relative_error(before.double() - after.double(), RATE * expected)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_bf16_to_its_rounding(stage: int) -> None:
     assert max(run(3, each_half, stage, False)) < 0.01
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_step_that_overflows_on_one_rank_is_skipped_by_all(stage: int) -> None:
     assert all(run(2, each_half, stage, True))
 
@@ -265,7 +269,7 @@ def many_buckets(stage: int, slack: int) -> tuple[int, float, float]:
     return len(record.weights), float(record.gap.max()) / scale, float(products.min())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_many_buckets(stage: int) -> None:
     for slack in (0, 4096):
         for count, gap, product in run(3, many_buckets, stage, slack):
@@ -292,7 +296,7 @@ def saved_and_resumed(stage: int, folder: str) -> float:
     return relative_error(parameters(second), parameters(straight))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_resuming_gives_the_same_trajectory(stage: int, tmp_path: Path) -> None:
     assert max(run(2, saved_and_resumed, stage, str(tmp_path))) == 0
 
