@@ -60,14 +60,14 @@ _SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     DeepSpeedEngine: {"_reduce_non_expert_gradients": ("grads", "elements_per_buffer")},
     DeepSpeedZeroOptimizer: {
         "reduce_ready_partitions_and_remove_grads": ("param", "i"),
-        "overlapping_partition_gradients_reduce_epilogue": (),
+        "independent_gradient_partition_epilogue": (),
         "gradient_reduction_w_predivide": ("tensor", "communication_data_type"),
         "allreduce_bucket": ("bucket", "communication_data_type"),
         "get_gradient_for_reduction": ("param",),
     },
     DeepSpeedZeroOptimizer_Stage3: {
         "reduce_ready_partitions_and_remove_grads": ("param",),
-        "overlapping_partition_gradients_reduce_epilogue": (),
+        "independent_gradient_partition_epilogue": (),
         _SCATTER: ("params_to_reduce", "communication_data_type"),
     },
 }
@@ -386,8 +386,8 @@ class _Sharded:
         sums = not getattr(self.optimizer, "gradient_average", True)
         self.aggregation = ShardedAggregation(state, wire, scale=wire.size if sums else 1)
         self.ready = self.optimizer.reduce_ready_partitions_and_remove_grads
-        self.epilogue = self.optimizer.overlapping_partition_gradients_reduce_epilogue
-        self.optimizer.overlapping_partition_gradients_reduce_epilogue = self.complete
+        self.epilogue = self.optimizer.independent_gradient_partition_epilogue
+        self.optimizer.independent_gradient_partition_epilogue = self.complete
         self.holds = state.scope == "global"
         if self.holds:
             self.optimizer.reduce_ready_partitions_and_remove_grads = lambda *_: None

@@ -139,6 +139,34 @@ def test_parameters_equal_the_reference(n: int) -> None:
         assert max(ranks) < 1e-5, ranks
 
 
+def other_ways(stage: int, scope: str) -> tuple[float, float, float]:
+    """Errors of tensor.backward() and of passes that DeepSpeed coalesces; how far the mean is."""
+    engine = engine_for(config(stage, {"scope": scope}))
+    for step in range(3):
+        loss(engine, step).backward()
+        engine.step()
+    direct = relative_error(parameters(engine), reference(3, 1, min_norm, False))
+    engine = engine_for(config(stage, {"scope": scope}))
+    for step in range(3):
+        with engine.coalesce_grad_reduction():
+            for k in range(2):
+                engine.backward(loss(engine, 2 * step + k) / 2)
+        engine.step()
+    assert engine.grain.step == 3
+    expected = reference(3, 2, min_norm, False)
+    coalesced = relative_error(parameters(engine), expected)
+    return direct, coalesced, relative_error(expected, reference(3, 2, mean, False))
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_other_ways_of_the_backward_pass(stage: int) -> None:
+    for scope in ("global", "bucket"):
+        for direct, coalesced, distance in run(2, other_ways, stage, scope):
+            assert direct < 1e-5
+            assert coalesced < 1e-5
+            assert distance > 1e-2  # else nothing here would tell the min-norm point from the mean
+
+
 ZERO_SETTINGS = [
     {"overlap_comm": True, "contiguous_gradients": True},
     {"overlap_comm": True, "contiguous_gradients": False},
