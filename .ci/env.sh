@@ -48,8 +48,10 @@ if ! .venv/bin/python -c '' >/dev/null 2>&1; then
 fi
 .venv/bin/python -m pip --version >/dev/null 2>&1 || add_pip
 pip=(.venv/bin/python -m pip install -q --disable-pip-version-check -c .ci/constraints.txt)
-# The build backend goes in first, so that it is the pinned one too.
+# The build backend goes in first, so that it is the pinned one too; and PyTorch, because DeepSpeed
+# comes as source only, and its setup.py imports torch.
 "${pip[@]}" pip setuptools
+"${pip[@]}" torch numpy
 # setuptools warns about every editable install; that would bury an error of ours.
 PYTHONWARNINGS=ignore "${pip[@]}" --no-build-isolation -e ".[$extra]"
 echo "$want" >"$stamp"  # last: an interrupted run starts over

@@ -18,7 +18,9 @@ from typing import Any
 
 # Ranks are forked from a server that has imported once what takes long, and has no threads.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["grain_ddp", "pytest", "scipy.optimize", "torch._dynamo"])
+_PRELOAD = ["grain_ddp", "pytest", "scipy.optimize", "torch._dynamo"]
+_PRELOAD += ["torch._inductor.compile_fx", "deepspeed"]  # deepspeed needs the compiler too
+_context.set_forkserver_preload(_PRELOAD)
 
 TIMEOUT = 20.0
 """Seconds that a collective waits for the other ranks."""

@@ -16,15 +16,16 @@ LAYERS = [
     {"wire"},  # what moves
     {"state"},
     {"aggregation"},  # the only place where both meet
-    {"simulation", "ddp", "loop"},  # integrations, which do not import each other
-    {"sinks"},
+    {"sharded"},  # the same without its gather
+    {"sinks"},  # where records go
+    {"simulation", "ddp", "loop", "deepspeed"},  # integrations, which do not import each other
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
     {"__main__"},
 ]
 MATHEMATICS = {"solver", "record", "gramian", "weighting"}
-DISTRIBUTED = {"wire", "state", "ddp", "sinks", "doctor"}  # may name torch.distributed
+DISTRIBUTED = {"wire", "state", "ddp", "deepspeed", "sinks", "doctor"}  # may name torch.distributed
 
 
 def imports(module: str) -> set[str]:
