@@ -314,6 +314,8 @@ def main() -> None:
         print(table(results, rates, plain))
         draw(results, rates, every, steps, title, options.out)
         print(f"\n{conclude(results)}\nPicture: {options.out}")
+    # Nobody leaves early: at exit gloo's threads must be done with plain DDP's last all-reduce.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -111,6 +111,7 @@ def main() -> None:
                     f"{middle:.3f} | {low:.3f} to {high:.3f} |",
                     flush=True,
                 )
+    dist.barrier()  # gloo's threads are done with the last all-reduce before Python exits
     dist.destroy_process_group()
 
 
