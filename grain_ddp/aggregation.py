@@ -7,43 +7,27 @@ cost of n² numbers; then the weighted slices are gathered.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grain_ddp.gramian import gramian, weighted_sum
+from grain_ddp.groups import Inside, Slice, partition
+from grain_ddp.passes import Parts, Passes
 from grain_ddp.record import Array, StepRecord
+from grain_ddp.scratch import Scratch
 from grain_ddp.state import GrainState
 from grain_ddp.weighting import Weights, uniform, weigh
-from grain_ddp.wire import TorchWire, Transfer
+from grain_ddp.wire import TorchWire, Transfer, cut
 
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
 
 SCRATCH_BYTES = 64 << 20
 """Bound of the memory for rows that arrive; twice the step's largest bucket, if that is less."""
-
-
-def cut(length: int, n: int, message: int) -> list[list[slice]]:
-    """Where the slices of n ranks lie in a bucket of that length, in pieces.
-
-    ``cut(...)[k][j]`` is piece k of rank j's slice, at most `message` elements long. The slices are
-    equally long; what is left over, fewer than n elements, is a last piece of the last rank alone.
-    """
-    columns = length // n
-    count = -(-columns // message)
-    bounds = [columns * k // count for k in range(count)] + [columns]
-    pieces = [
-        [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
-    ]
-    if columns * n < length:
-        pieces.append([slice(0, 0)] * (n - 1) + [slice(columns * n, length)])
-    return pieces
 
 
 def narrow_dtype(state: GrainState, buffer: Tensor) -> torch.dtype | None:
@@ -82,6 +66,9 @@ class _Bucket:
 
     def __init__(self, buffer: Tensor, size: int, done: Callable[[], object] | None) -> None:
         self.buffer, self.done = buffer, done
+        self.own = buffer  # what the groups exchange: in a group of several ranks a slice
+        self.inside: Slice | None = None
+        self.blocks: list[Tensor] = []  # of several passes
         self.pieces: list[_Piece] = []
         self.gramian = torch.zeros(size, size, dtype=torch.float64, device=buffer.device)
         self.sum = Transfer(), self.gramian
@@ -92,44 +79,27 @@ class _Bucket:
 class _Piece:
     """Some columns of a bucket's slices, sent and received as one.
 
-    ``slots[j]`` is where rank j's columns are in the bucket's buffer. `home` is all of them as a
-    matrix ``[n, c]``, or None for the columns left over when n does not divide the bucket. `rows`
+    ``slots[j]`` is where rank j's columns are in the bucket's buffer. ``send[j]`` is what rank j
+    gets: the same, or the columns of several passes one after the other. `home` is all of `send` as
+    a matrix ``[n, c]``, or None for the columns left over when n does not divide the bucket. `rows`
     is what arrived, ``[n, c]``: row j is rank j's gradient in this rank's columns. They are in
     scratch at first, and at home, whose own contents have been sent by then, when the scratch is
     wanted for other rows.
     """
 
-    def __init__(self, bucket: _Bucket, slots: Sequence[Tensor], home: Tensor | None) -> None:
-        self.bucket, self.slots, self.home = bucket, slots, home
+    def __init__(
+        self,
+        bucket: _Bucket,
+        slots: Sequence[Tensor],
+        send: Sequence[Tensor],
+        home: Tensor | None,
+    ) -> None:
+        self.bucket, self.slots, self.send, self.home = bucket, slots, send, home
         self.transfer = Transfer()
         self.arrived = self.reduced = False
         self.scratch: Tensor | None = None
         self.rows: Tensor
-        self.narrow: list[Tensor] = []  # like slots, in the wire's dtype: to be sent, or gathered
-
-
-class _Scratch:
-    """Flat byte buffers, lent and taken back; those not lent are kept for the next step."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
-        self.lent = self._kept = 0  # bytes
-
-    def lend(self, count: int, device: torch.device, limit: int) -> Tensor:
-        free = self._free[device, count]
-        self.lent += count
-        if free:
-            self._kept -= count
-            return free.pop()
-        if self.lent + self._kept > limit:
-            self._free.clear()
-            self._kept = 0
-        return torch.empty(count, dtype=torch.uint8, device=device)
-
-    def take_back(self, buffer: Tensor) -> None:
-        self.lent -= len(buffer)
-        self._kept += len(buffer)
-        self._free[buffer.device, len(buffer)].append(buffer)
+        self.narrow: list[Tensor] = []  # like send, in the wire's dtype: to be sent, or gathered
 
 
 class Aggregation:
@@ -144,7 +114,17 @@ class Aggregation:
 
     def __init__(self, state: GrainState, wire: TorchWire) -> None:
         wire.agree(state.agreed())
+        groups = partition(state.groups, wire)
+        position = next(group for group in groups if wire.rank in group).index(wire.rank)
+        self._inside: Inside | None = None
+        if len(groups) < wire.size:
+            mine = next(group for group in groups if wire.rank in group)
+            self._inside = Inside(wire.among(mine, 1))
+        if [group[0] for group in groups] != list(range(wire.size)):
+            wire = wire.among([group[position] for group in groups], 2)
         self.state, self.wire = state, wire
+        self.size = wire.size * state.microbatches  # groups: the rows of the Gramian
+        self._passes = Passes(wire.size, state.microbatches)
         self._stream: torch.cuda.Stream | None = None
         self.drop()
 
@@ -152,42 +132,50 @@ class Aggregation:
         """Forget what is under way."""
         self._buckets: list[_Bucket] = []
         self._holders: dict[_Piece, None] = {}  # of scratch, the oldest first
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
+        self._passes.drop()
+        if self._inside is not None:
+            self._inside.drop()
 
     def abandon(self) -> None:
         """Let what is under way arrive, then forget it: after a step that broke off elsewhere."""
         try:
             for bucket in self._buckets:
-                for transfer in (bucket.transfer, bucket.sum[0]):
+                pending = [bucket.transfer, bucket.sum[0], *(p.transfer for p in bucket.pieces)]
+                if bucket.inside is not None:
+                    pending += [transfer for *_, transfer in bucket.inside.arriving]
+                for transfer in pending:
                     transfer.wait()
-                for piece in bucket.pieces:
-                    piece.transfer.wait()
         finally:
             self.drop()
 
     @property
     def pending(self) -> bool:
-        """Whether a step has begun and not finished."""
+        """Whether a pass has begun and not finished."""
         return bool(self._buckets)
 
-    def push(self, buffer: Tensor, done: Callable[[], object] | None = None) -> None:
+    def push(
+        self, buffer: Tensor, done: Callable[[], object] | None = None, parts: Parts | None = None
+    ) -> None:
         """Start on a bucket: flat, contiguous, this rank's gradient now and the result later.
 
-        `done` is called by `finish`, when the result is in the buffer.
+        `done` is called by `finish`, when the result is in the buffer. `parts` is what lies in
+        the bucket, if other passes of the step may have other buckets.
         """
         try:
             with self._side_stream(buffer.device):
-                bucket = _Bucket(buffer, self.wire.size, done)
+                bucket = _Bucket(buffer, self.size, done)
                 self._buckets.append(bucket)
-                if self.state.averaging and narrow_dtype(self.state, buffer) is None:
-                    bucket.transfer = self.wire.all_reduce(buffer.div_(self.wire.size))
-                    return
-                # Two buckets back: its Gramian has long arrived, and its scratch is needed now.
-                if self._one_by_one and len(self._buckets) > 2:
-                    self._reduce(self._buckets[-3])
-                self._send(bucket)
-                if len(self._buckets) > 1:
-                    self._arrive(self._buckets[-2])
+                if self.state.microbatches > 1:
+                    parts = parts or [(len(self._buckets), len(buffer))]
+                    bucket.blocks = self._passes.add(buffer, parts, self._message(buffer))
+                    if not self._last_pass:
+                        buffer.zero_()
+                        return
+                self._advance(self._buckets[:-1])
+                self._enter(bucket)
+                if len(self._buckets) > 1 + self._depth:
+                    self._arrive(self._buckets[-2 - self._depth])
         except BaseException:
             self.drop()
             raise
@@ -197,9 +185,10 @@ class Aggregation:
         try:
             device = self._buckets[0].buffer.device
             with self._side_stream(device):
-                self._finish()
+                if self._last_pass:
+                    self._finish()
                 record = None
-                if self.state.recording:
+                if self._last_pass and self.state.recording:
                     record = record_of(self.state, [bucket.weights for bucket in self._buckets])
             if self._stream is not None:
                 torch.cuda.current_stream(device).wait_stream(self._stream)
@@ -210,11 +199,23 @@ class Aggregation:
         for bucket in buckets:
             if bucket.done is not None:
                 bucket.done()
-        self.state.advance(record)
+        if self._last_pass:
+            self._passes.drop()
+            self.state.advance(record)
+        else:
+            self._passes.done += 1
         return record
 
+    @property
+    def _last_pass(self) -> bool:
+        return self._passes.done == self.state.microbatches - 1
+
     def _finish(self) -> None:
-        buckets = self._buckets
+        buckets, inside = self._buckets, self._inside
+        if inside is not None:
+            self._advance(buckets)
+            for bucket in buckets[-2:-1]:
+                self._arrive(bucket)
         if self._one_by_one:
             for bucket in buckets[-2:-1]:
                 self._reduce(bucket)
@@ -231,13 +232,46 @@ class Aggregation:
             bucket.transfer.wait()
             for piece in bucket.pieces:
                 self._complete(piece)
+            if inside is not None and bucket.inside is not None:
+                inside.gather(bucket.inside)
+        for bucket in buckets:
+            if inside is not None and bucket.inside is not None:
+                inside.complete(bucket.inside)
 
     @property
     def _one_by_one(self) -> bool:
         """Whether a bucket's weights do not depend on other buckets."""
         return self.state.scope == "bucket" or self.state.averaging
 
+    @property
+    def _depth(self) -> int:
+        """Stages that a bucket passes before the transpose."""
+        return 0 if self._inside is None else 1
+
     # The stages of a bucket, in order.
+
+    def _advance(self, older: list[_Bucket]) -> None:
+        """Take the buckets before the newest one stage on."""
+        # Two buckets back: its Gramian has long arrived, and its scratch is needed now.
+        if self._one_by_one and len(older) > 1 + self._depth:
+            self._reduce(older[-2 - self._depth])
+        if self._inside is not None and older and older[-1].inside is not None:
+            self._inside.reduce(older[-1].inside)
+            self._send(older[-1])
+
+    def _enter(self, bucket: _Bucket) -> None:
+        """Start what comes first: the mean of all ranks, or of the group, or the transpose."""
+        buffer, narrow = bucket.buffer, narrow_dtype(self.state, bucket.buffer)
+        if self.state.averaging and narrow is None:
+            if bucket.blocks:
+                self._passes.mean(bucket.blocks, buffer)
+            whole = self.wire.whole
+            bucket.transfer = whole.all_reduce(buffer.div_(whole.size))
+        elif self._inside is not None:
+            bucket.inside = self._inside.start(buffer, narrow, self._message(buffer))
+            bucket.own = bucket.inside.own
+        else:
+            self._send(bucket)
 
     def _send(self, bucket: _Bucket) -> None:
         """Start the transpose: rank j's columns of this rank's gradient to rank j."""
@@ -248,9 +282,9 @@ class Aggregation:
                 piece.rows = piece.home
                 continue
             piece.rows = self._lend(piece)
-            for part, slot in zip(piece.narrow, piece.slots, strict=False):
-                part.copy_(slot)
-            send = piece.narrow or piece.slots
+            for part, columns in zip(piece.narrow, piece.send, strict=False):
+                part.copy_(columns)
+            send = piece.narrow or piece.send
             piece.rows[self.wire.rank].copy_(send[self.wire.rank])
             piece.transfer = self.wire.exchange(send, piece.rows.unbind())
 
@@ -267,31 +301,34 @@ class Aggregation:
         piece.transfer.wait()
         piece.arrived = True
         if not self.state.averaging:
-            piece.bucket.gramian += gramian(piece.rows)
+            piece.bucket.gramian += gramian(self._matrix(piece))
 
     def _reduce(self, bucket: _Bucket) -> None:
         """Replace this rank's columns by their weighted sum, and start to gather all columns."""
         if self.state.averaging:
-            bucket.weights = uniform(self.wire.size)
+            bucket.weights = uniform(self.size)
         elif self.state.scope == "bucket":
             bucket.weights = self._weigh(bucket.sum)
-        if self.wire.size == 1:
+        if self.size == 1:
             return
         factors = bucket.weights.factors(bucket.buffer.dtype)
         weights = torch.from_numpy(factors).to(bucket.buffer.device)
         for piece in bucket.pieces:
+            rows = self._matrix(piece)
             for j in bucket.weights.dropped:
-                piece.rows[j].zero_()  # 0 · NaN is NaN
-            if narrow_dtype(self.state, bucket.buffer) is not None and not piece.narrow:
+                rows[j].zero_()  # 0 · NaN is NaN
+            if self._narrow(bucket) is not None and not piece.narrow:
                 self._lend(piece)
-            parts = piece.narrow or piece.slots
+            parts = piece.slots
+            if piece.narrow:
+                parts = [part[: len(slot)] for part, slot in zip(piece.narrow, parts, strict=True)]
             own = parts[self.wire.rank]
-            if piece.rows is piece.home and not piece.narrow:
+            if piece.rows is piece.home and not piece.narrow and not bucket.blocks:
                 weighted = torch.empty_like(own)
-                weighted_sum(piece.rows, weights, out=weighted)
+                weighted_sum(rows, weights, out=weighted)
                 own.copy_(weighted)
             else:
-                weighted_sum(piece.rows, weights, out=own)
+                weighted_sum(rows, weights, out=own)
             piece.reduced = True
             if not piece.narrow:
                 self._take_back(piece)
@@ -301,34 +338,52 @@ class Aggregation:
         """Complete the gather."""
         piece.transfer.wait()
         for part, slot in zip(piece.narrow, piece.slots, strict=False):
-            slot.copy_(part)
+            slot.copy_(part[: len(slot)])
         self._take_back(piece)
 
     # What the stages use.
 
+    def _message(self, buffer: Tensor) -> int:
+        """The most elements of one row that travel together."""
+        cpu = buffer.device.type == "cpu"
+        size = MESSAGE_BYTES if cpu else SCRATCH_BYTES // self.wire.whole.size
+        return -(-size // (buffer.itemsize * self.state.microbatches))
+
+    def _narrow(self, bucket: _Bucket) -> torch.dtype | None:
+        """The dtype of what travels between the groups, where it is not the bucket's."""
+        return narrow_dtype(self.state, bucket.buffer) if self.wire.size > 1 else None
+
+    def _matrix(self, piece: _Piece) -> Tensor:
+        """What arrived as one row for each group."""
+        rows, m = piece.rows, self.state.microbatches
+        return rows if m == 1 else rows.view(self.size, rows.shape[1] // m)
+
     def _cut(self, bucket: _Bucket) -> list[_Piece]:
-        buffer, n = bucket.buffer, self.wire.size
-        message = MESSAGE_BYTES if buffer.device.type == "cpu" else SCRATCH_BYTES // n
-        columns = buffer.numel() // n
-        matrix = buffer[: columns * n].view(n, columns)
+        own, n, m = bucket.own, self.wire.size, self.state.microbatches
+        columns = len(own) // n
+        matrix = own[: columns * n].view(n, columns)
         pieces = []
-        for slots in cut(buffer.numel(), n, -(-message // buffer.itemsize)):
-            home = matrix[:, slots[0]] if slots[0] != slice(0, 0) else None
-            pieces.append(_Piece(bucket, [buffer[slot] for slot in slots], home))
+        for k, slices in enumerate(cut(len(own), n, self._message(own))):
+            slots = send = [own[one] for one in slices]
+            home = matrix[:, slices[0]] if slices[0] != slice(0, 0) else None
+            if bucket.blocks:
+                send = list(bucket.blocks[k].split_with_sizes([m * len(slot) for slot in slots]))
+                home = bucket.blocks[k].view(n, -1) if home is not None else None
+            pieces.append(_Piece(bucket, slots, send, home))
         return pieces
 
     def _lend(self, piece: _Piece) -> Tensor:
         """Scratch for the rows of a piece [n, c]; and for `narrow`, where the wire's dtype is."""
         buffer, n = piece.bucket.buffer, self.wire.size
-        narrow = narrow_dtype(self.state, buffer)
+        narrow = self._narrow(piece.bucket)
         dtype = narrow or buffer.dtype
-        lengths = [slot.numel() for slot in piece.slots]
+        lengths = [len(columns) for columns in piece.send]
         width = lengths[self.wire.rank]
         count = (n * width + (sum(lengths) if narrow else 0)) * dtype.itemsize
         if piece.home is None:  # a few columns, which have no home to return to
             memory = torch.empty(count, dtype=torch.uint8, device=buffer.device)
         else:
-            largest = max(bucket.buffer.nbytes for bucket in self._buckets)
+            largest = max(bucket.own.nbytes for bucket in self._buckets)
             limit = max(min(SCRATCH_BYTES, 2 * largest), count)
             while self._scratch.lent + count > limit:
                 self._release(next(iter(self._holders)))
@@ -364,7 +419,7 @@ class Aggregation:
         """The weights, the same on every rank, from a Gramian whose sum was started."""
         transfer, triangles = pending
         transfer.wait()
-        return weights_of(self.state, triangles.sum(0).cpu().numpy(), self.wire.size)
+        return weights_of(self.state, triangles.sum(0).cpu().numpy(), self.size)
 
     @contextmanager
     def _side_stream(self, device: torch.device) -> Iterator[None]:

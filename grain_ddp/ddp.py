@@ -26,7 +26,8 @@ def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:
     Raises:
         TypeError: the hook was registered without a `GrainState`, or called by something that is
             not DDP's reducer (`torch.compile` with ``optimize_ddp="python_reducer"``).
-        ValueError: a sparse gradient, ranks whose options differ, or one state for two models.
+        ValueError: a sparse gradient, ranks whose options differ, groups that do not fit the ranks,
+            or one state for two models.
     """
     if not isinstance(state, GrainState):
         raise TypeError(
@@ -53,7 +54,7 @@ def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:
         raise ValueError(
             "grain_ddp: this GrainState is already used by reduce_gradients. Make one per model."
         )
-    return state._runtime.add(bucket.index(), bucket.is_last(), buffer)
+    return state._runtime.add(bucket)
 
 
 class _Runtime:
@@ -69,19 +70,28 @@ class _Runtime:
         group = _process_group(state.process_group, models)
         # With this option unused buckets, the last one too, do not reach the hook.
         self.skips = any(getattr(m, "skip_all_reduce_unused_params", False) for m in models)
+        if state.microbatches > 1 and (self.skips or any(m.find_unused_parameters for m in models)):
+            raise ValueError(
+                "grain_ddp: microbatches needs every parameter in every pass, but "
+                "find_unused_parameters or skip_all_reduce_unused_params is set: DDP would leave "
+                "out what the last pass does not use. Set it to False, or microbatches to 1."
+            )
         self.latest = -1
         self.aggregation = Aggregation(state, TorchWire(group))
 
-    def add(self, index: int, last: bool, buffer: Tensor) -> Future[Tensor]:
-        aggregation = self.aggregation
+    def add(self, bucket: GradBucket) -> Future[Tensor]:
+        aggregation, index, buffer = self.aggregation, bucket.index(), bucket.buffer()
         if aggregation.pending and index <= self.latest:
             aggregation.abandon()  # the last backward pass was broken off by an exception
         first, self.latest = not aggregation.pending, index
         future: Future[Tensor] = Future()
         if buffer.device.type != "cpu":
             future = Future(devices=[buffer.device])
-        aggregation.push(buffer, lambda: future.set_result(buffer))
-        if last:
+        parts = None
+        if self.aggregation.state.microbatches > 1:  # DDP forms other buckets after a first pass
+            parts = [(id(p), p.numel()) for p in bucket.parameters()]
+        aggregation.push(buffer, lambda: future.set_result(buffer), parts)
+        if bucket.is_last():
             aggregation.finish()
         elif first and self.skips:
             with contextlib.suppress(RuntimeError):  # not in a backward pass: `Join`

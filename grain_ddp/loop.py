@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grain_ddp.aggregation import Aggregation
@@ -22,10 +24,12 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
 
     Call it on every rank between ``backward()`` and ``optimizer.step()``, with the same parameters
     in the same order. A gradient that is None counts as zero; where it is None on every rank, it
-    stays None.
+    stays None. With ``microbatches=m`` call it after each of the m backward passes; that also works
+    in a single process without torch.distributed.
 
     Returns:
-        The step's record: None on the steps that make none (`record_every`, `warmup_steps`).
+        The step's record: None on the steps that make none (`record_every`, `warmup_steps`), and
+        before the last of several passes.
 
     Raises:
         ValueError: the ranks' parameters or options differ, a gradient is sparse, nothing has a
@@ -33,7 +37,9 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         RuntimeError: torch.distributed is not initialised.
     """
     if state._runtime is None:
-        group = state.process_group or default_group()
+        group = state.process_group
+        if group is None and not (state.microbatches > 1 and _alone()):
+            group = default_group()
         state._runtime = Aggregation(state, TorchWire(group))
     aggregation = state._runtime
     if not isinstance(aggregation, Aggregation):
@@ -44,13 +50,20 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         gradients = [p.grad for p in trained if p.grad is not None]
         if not gradients:
             raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
+        names = {id(p.grad): id(p) for p in trained}
         for bucket in _buckets(gradients):
+            parts = [(names[id(gradient)], gradient.numel()) for gradient in bucket]
             if len(bucket) == 1 and bucket[0].is_contiguous():
-                aggregation.push(bucket[0].view(-1))
+                aggregation.push(bucket[0].view(-1), parts=parts)
             else:
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-                aggregation.push(flat, partial(_copy_back, flat, bucket))
+                aggregation.push(flat, partial(_copy_back, flat, bucket), parts)
         return aggregation.finish()
+
+
+def _alone() -> bool:
+    """Whether this process is one that nobody started together with others."""
+    return not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
@@ -70,7 +83,7 @@ def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
     if sparse:
         raise ValueError(
             f"grain_ddp: expected dense gradients, but parameters {sparse} have sparse ones "
-            f"(seen on rank {wire.rank}). Build the embedding with sparse=False."
+            f"(seen on rank {wire.whole.rank}). Build the embedding with sparse=False."
         )
     for p, anywhere in zip(trained, every, strict=True):
         if anywhere and p.grad is None:

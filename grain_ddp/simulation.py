@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from grain_ddp import aggregation
-from grain_ddp.aggregation import cut, narrow_dtype, record_of, weights_of
+from grain_ddp.aggregation import narrow_dtype, record_of, weights_of
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
+from grain_ddp.wire import cut
 
 
 def simulate(
     gradients: Sequence[Sequence[Tensor]], state: GrainState
 ) -> tuple[list[Tensor], StepRecord]:
-    """One step of n ranks in one process: the aggregate of each bucket, and the record.
+    """One step of n groups in one process: the aggregate of each bucket, and the record.
 
-    ``gradients[i][b]`` is rank i's flat gradient in bucket b. The same arithmetic in the same order
-    as on n ranks with CPUs: equal but for last bits, which in a matrix product may depend on where
-    its rows lie in memory. `warmup_steps` and `record_every` are not looked at. Advances the state.
+    ``gradients[i][b]`` is group i's flat gradient in bucket b. The same arithmetic in the same
+    order as on n ranks with CPUs: equal but for last bits, which in a matrix product may depend on
+    where its rows lie in memory. `groups`, `microbatches`, `warmup_steps` and `record_every` are
+    not looked at. Advances the state.
     """
     n = len(gradients)
     rows, columns = torch.triu_indices(n, n)

@@ -26,8 +26,11 @@ class GrainState:
         process_group: the ranks to aggregate over. None: those of the DDP model that the state is
             registered with, or the default group.
         scope: "global": one weight vector per step, the paper's method. "bucket": one per bucket.
-        groups: which ranks form one group. This version has "rank" only: each rank is one.
-        microbatches: how many backward passes make one step. This version has 1 only.
+        groups: which ranks form one group, whose mean gradient is one row: "rank", each rank;
+            "node", the ranks of a host; an int k, blocks of k ranks in order; or lists of ranks.
+        microbatches: how many backward passes make one step, each pass of each rank a group of its
+            own (n·m groups, rank by rank). Run the passes without ``no_sync``: the first m - 1
+            leave ``.grad`` at zero, the last leaves the aggregate.
         weighting: "min_norm", "mean", "inverse_norm" (wᵢ ∝ 1/‖gᵢ‖²), or a callable from a float64
             CPU Gramian ``[n, n]`` to weights ``[n]``. See `grain_ddp.weighting.weigh`.
         cap: with "min_norm", no group weighs more than cap/n. None: no bound; 1: the mean.
@@ -90,15 +93,24 @@ class GrainState:
         for name, choices in _CHOICES.items():
             require(getattr(self, name) in choices, name, " or ".join(map(repr, choices)))
         require(
-            isinstance(self.groups, str) and self.groups == "rank",
+            self.groups in ("rank", "node")
+            if isinstance(self.groups, str)
+            else (whole(self.groups) and self.groups >= 1)  # type: ignore[operator]
+            or (
+                isinstance(self.groups, Sequence)
+                and len(self.groups) > 0
+                and all(isinstance(group, Sequence) and len(group) > 0 for group in self.groups)
+                and all(whole(rank) for group in self.groups for rank in group)
+            ),
             "groups",
-            '"rank" (groups of several ranks are not in this version)',
+            '"rank", "node", an int >= 1, or a list of lists of ranks',
         )
-        require(
-            whole(self.microbatches) and self.microbatches == 1,
-            "microbatches",
-            "1 (groups inside a mini-batch are not in this version)",
-        )
+        require(whole(self.microbatches) and self.microbatches >= 1, "microbatches", "an int >= 1")
+        if self.microbatches > 1 and self.groups != "rank":
+            raise ValueError(
+                'grain_ddp: microbatches needs groups="rank" (each pass of each rank is a group), '
+                f"but groups is {self.groups!r}."
+            )
         require(
             callable(self.weighting)
             or (isinstance(self.weighting, str) and self.weighting in RULES),

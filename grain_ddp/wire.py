@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import socket
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,13 +49,57 @@ class Transfer:
         self._works = self._tensors = ()
 
 
-class TorchWire:
-    """The ranks of a torch process group: gloo or MPI on CPUs, NCCL and its like on GPUs."""
+def cut(length: int, n: int, message: int) -> list[list[slice]]:
+    """Where the slices of n ranks lie in a bucket of that length, in pieces.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.size = group.rank(), group.size()
-        self._tag = 0
+    ``cut(...)[k][j]`` is piece k of rank j's slice, at most `message` elements long. The slices are
+    equally long; what is left over, fewer than n elements, is a last piece of the last rank alone.
+    """
+    columns = length // n
+    count = -(-columns // message)
+    bounds = [columns * k // count for k in range(count)] + [columns]
+    pieces = [
+        [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
+    ]
+    if columns * n < length:
+        pieces.append([slice(0, 0)] * (n - 1) + [slice(columns * n, length)])
+    return pieces
+
+
+class TorchWire:
+    """The ranks of a torch process group: gloo or MPI on CPUs, NCCL and its like on GPUs.
+
+    `rank` and `size` are those of an exchange, which is among all ranks of the group, or among
+    those that `among` chose; everything else is over all of the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group  # None: this process alone, without torch.distributed
+        self.rank, self.size = (group.rank(), group.size()) if group else (0, 1)
+        self.ranks: Sequence[int] = range(self.size)
+        self.whole = self
+        self._exchanging: dist.ProcessGroup | None = group  # None: to be made, on GPUs
+        self._tag = self._first_tag = _FIRST_TAG
+
+    def among(self, ranks: Sequence[int], space: int) -> TorchWire:
+        """The same wire, whose exchanges are among some ranks of the group, this one included.
+
+        Wires that share a pair of ranks need another `space` each: 1 or 2.
+        """
+        wire = TorchWire(self.group)
+        wire.rank, wire.size, wire.ranks = ranks.index(self.rank), len(ranks), ranks
+        wire.whole, wire._exchanging = self, None
+        wire._tag = wire._first_tag = _FIRST_TAG + space * _TAGS
+        return wire
+
+    def host(self) -> tuple[str, ...]:
+        """What tells this rank's host from others. A network namespace counts as one."""
+        marks = [socket.gethostname()]
+        with contextlib.suppress(OSError):  # not on Linux
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                marks.append(file.read())
+            marks.append(str(os.stat("/proc/self/ns/net").st_ino))
+        return tuple(marks)
 
     def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
         """Send ``send[j]`` to rank j and receive ``receive[j]`` from it, asynchronously.
@@ -59,17 +107,21 @@ class TorchWire:
         All are contiguous, of one dtype, of any length; lengths agree pair by pair. Entries of
         this rank itself are ignored, empty ones are not sent.
         """
-        self._tag = (self._tag + 1) % _TAGS
+        self._tag = self._first_tag + (self._tag + 1 - self._first_tag) % _TAGS
         tensors = [*send, *receive]
         if self.size == 1:
             return Transfer()
         if tensors[0].device.type == "cpu":
-            return Transfer(self._pairwise(send, receive, _FIRST_TAG + self._tag), tensors)
+            return Transfer(self._pairwise(send, receive, self._tag), tensors)
+        if self._exchanging is None:
+            assert self.group is not None
+            members = [dist.get_global_rank(self.group, rank) for rank in self.ranks]
+            self._exchanging = dist.new_group(members, use_local_synchronization=True)
         empty = tensors[0].new_empty(0)
         work = dist.all_to_all(
             [empty if j == self.rank else t for j, t in enumerate(receive)],
             [empty if j == self.rank else t for j, t in enumerate(send)],
-            group=self.group,
+            group=self._exchanging,
             async_op=True,
         )
         return Transfer([work], tensors)
@@ -80,10 +132,14 @@ class TorchWire:
         # On gloo, pairs of messages take half of the time of its own all_to_all and all_gather.
         # Starting with the next rank spreads the ranks over the links.
         peers = [(self.rank + k) % self.size for k in range(1, self.size)]
+        group = self.group
+        assert group is not None
         works = [
-            self.group.recv([receive[j]], j, tag) for j in reversed(peers) if receive[j].numel()
+            group.recv([receive[j]], self.ranks[j], tag)
+            for j in reversed(peers)
+            if receive[j].numel()
         ]
-        works += [self.group.send([send[j]], j, tag) for j in peers if send[j].numel()]
+        works += [group.send([send[j]], self.ranks[j], tag) for j in peers if send[j].numel()]
         return works
 
     def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:
@@ -91,15 +147,16 @@ class TorchWire:
 
         The sum of its k rows is the same on every rank, bit by bit.
         """
-        if self.size > _GATHER_LIMIT:
-            return self.all_reduce(values), values[None]
-        rows = values.new_empty(self.size, len(values))
-        rows[self.rank] = values
-        return self.exchange([values] * self.size, list(rows)), rows
+        whole = self.whole
+        if whole.size > _GATHER_LIMIT:
+            return whole.all_reduce(values), values[None]
+        rows = values.new_empty(whole.size, len(values))
+        rows[whole.rank] = values
+        return whole.exchange([values] * whole.size, list(rows)), rows
 
     def all_reduce(self, values: Tensor) -> Transfer:
         """Start the backend's own sum over the ranks, in place."""
-        if self.size == 1:
+        if self.whole.size == 1:
             return Transfer()
         return Transfer([dist.all_reduce(values, group=self.group, async_op=True)], [values])
 
@@ -112,11 +169,13 @@ class TorchWire:
                 detail = ", ".join(f"rank {j}: {value!r}" for j, value in enumerate(found))
                 raise ValueError(
                     f"grain_ddp: {name} must be the same on every rank, but it is {detail} "
-                    f"(this is rank {self.rank}). Make the ranks agree and start again."
+                    f"(this is rank {self.whole.rank}). Make the ranks agree and start again."
                 )
 
     def same(self, value: str, device: torch.device) -> bool:
         """Whether all ranks pass the same text; the same answer on all of them."""
+        if self.whole.size == 1:
+            return True
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
         extremes = torch.tensor([digest, -digest], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
@@ -125,6 +184,8 @@ class TorchWire:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        every: list[Any] = [None] * self.size
+        if self.whole.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.whole.size
         dist.all_gather_object(every, value, group=self.group)
         return every

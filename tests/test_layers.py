@@ -11,10 +11,10 @@ PACKAGE = Path(grain_ddp.__file__).parent
 
 # Each module may import from the layers above its own line, and from its own where that is said.
 LAYERS = [
-    {"solver", "record", "gramian"},  # mathematics
+    {"solver", "record", "gramian", "scratch"},  # mathematics, and memory
     {"weighting"},
     {"wire"},  # what moves
-    {"state"},
+    {"state", "groups", "passes"},  # options; what forms a row
     {"aggregation"},  # the only place where both meet
     {"sharded"},  # the same without its gather
     {"sinks"},  # where records go
@@ -25,7 +25,15 @@ LAYERS = [
     {"__main__"},
 ]
 MATHEMATICS = {"solver", "record", "gramian", "weighting"}
-DISTRIBUTED = {"wire", "state", "ddp", "deepspeed", "sinks", "doctor"}  # may name torch.distributed
+DISTRIBUTED = {
+    "wire",
+    "state",
+    "ddp",
+    "loop",
+    "deepspeed",
+    "sinks",
+    "doctor",
+}  # may name torch.distributed
 
 
 def imports(module: str) -> set[str]:
