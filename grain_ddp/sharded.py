@@ -116,6 +116,13 @@ class ShardedAggregation:
     """
 
     def __init__(self, state: GrainState, wire: TorchWire, *, scale: float = 1.0) -> None:
+        for name, only in (("groups", "rank"), ("microbatches", 1)):
+            if getattr(state, name) != only:
+                raise ValueError(
+                    f"grain_ddp: {name} must be {only!r} where gradients are sharded, but it is "
+                    f"{getattr(state, name)!r} (this is rank {wire.rank}). DDP, DeepSpeed's stage 0 "
+                    "and reduce_gradients have groups of other sizes."
+                )
         wire.agree(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
         self._triangle = torch.triu_indices(wire.size, wire.size)
