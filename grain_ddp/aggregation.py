@@ -26,8 +26,10 @@ from grain_ddp.wire import TorchWire, Transfer, cut
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
 
-SCRATCH_BYTES = 64 << 20
-"""Bound of the memory for rows that arrive; twice the step's largest bucket, if that is less."""
+SCRATCH_BYTES = 40 << 20
+"""Bound of the memory for rows that arrive; twice the step's largest bucket, if that is less.
+
+DDP's buckets have 25 MiB, and all that is held beside them shall be less than two."""
 
 
 def narrow_dtype(state: GrainState, buffer: Tensor) -> torch.dtype | None:
@@ -232,6 +234,7 @@ class Aggregation:
             bucket.transfer.wait()
             for piece in bucket.pieces:
                 self._complete(piece)
+            bucket.pieces = []  # they refer to the bucket: its memory would wait for Python's gc
             if inside is not None and bucket.inside is not None:
                 inside.gather(bucket.inside)
         for bucket in buckets:
@@ -268,7 +271,8 @@ class Aggregation:
             whole = self.wire.whole
             bucket.transfer = whole.all_reduce(buffer.div_(whole.size))
         elif self._inside is not None:
-            bucket.inside = self._inside.start(buffer, narrow, self._message(buffer))
+            limit = SCRATCH_BYTES - self._limit
+            bucket.inside = self._inside.start(buffer, narrow, self._message(buffer), limit)
             bucket.own = bucket.inside.own
         else:
             self._send(bucket)
@@ -343,6 +347,11 @@ class Aggregation:
 
     # What the stages use.
 
+    @property
+    def _limit(self) -> int:
+        """Of the bytes of scratch between the groups. Inside of them there is a need for more."""
+        return SCRATCH_BYTES if self._inside is None else SCRATCH_BYTES * 2 // 5
+
     def _message(self, buffer: Tensor) -> int:
         """The most elements of one row that travel together."""
         cpu = buffer.device.type == "cpu"
@@ -384,7 +393,7 @@ class Aggregation:
             memory = torch.empty(count, dtype=torch.uint8, device=buffer.device)
         else:
             largest = max(bucket.own.nbytes for bucket in self._buckets)
-            limit = max(min(SCRATCH_BYTES, 2 * largest), count)
+            limit = max(min(self._limit, 2 * largest), count)
             while self._scratch.lent + count > limit:
                 self._release(next(iter(self._holders)))
             memory = piece.scratch = self._scratch.lend(count, buffer.device, limit)

@@ -7,6 +7,7 @@ link between groups of k ranks carries 1/k of the gradient. At the end the slice
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,8 @@ class Slice:
 
     def __init__(self, buffer: Tensor, own: Tensor, narrow: torch.dtype | None) -> None:
         self.buffer, self.own, self.narrow = buffer, own, narrow
-        self.arriving: list[tuple[Tensor, Tensor, Transfer]] = []  # columns, memory, messages
+        # Columns, their memory and messages.
+        self.arriving: deque[tuple[Tensor, Tensor, Transfer]] = deque()
         self.gathered: list[tuple[Tensor, Tensor]] = []  # columns, and what they are copied from
         self.transfer = Transfer()
 
@@ -68,10 +70,11 @@ class Inside:
         """Forget what is under way."""
         self._scratch = Scratch()
 
-    def start(self, buffer: Tensor, narrow: torch.dtype | None, message: int) -> Slice:
+    def start(self, buffer: Tensor, narrow: torch.dtype | None, message: int, limit: int) -> Slice:
         """Send this rank's gradient slice by slice, in messages of at most so many elements.
 
-        `narrow` is the dtype of what travels, where it is not the buffer's.
+        `narrow` is the dtype of what travels, where it is not the buffer's. At most `limit` bytes
+        of what arrives wait for `reduce`; what would be more is reduced here.
         """
         k, me, columns = self.wire.size, self.wire.rank, len(buffer) // self.wire.size
         stop = len(buffer) if me == k - 1 else columns * (me + 1)
@@ -82,7 +85,9 @@ class Inside:
             if narrow:
                 send = [slot.to(narrow) for slot in send]
             size = k * home.numel() * send[me].itemsize
-            memory = self._scratch.lend(size, buffer.device, buffer.nbytes)
+            while part.arriving and self._scratch.lent + size > limit:
+                self._reduce(part)
+            memory = self._scratch.lend(size, buffer.device, limit)
             rows = memory.view(send[me].dtype).view(k, home.numel())
             rows[me].copy_(send[me])
             part.arriving.append((home, memory, self.wire.exchange(send, rows.unbind())))
@@ -90,14 +95,16 @@ class Inside:
 
     def reduce(self, part: Slice) -> None:
         """The group's mean, in this rank's slice of the buffer."""
-        k = self.wire.size
-        weights = torch.full((k,), 1 / k, dtype=torch.float64, device=part.buffer.device)
-        for home, memory, transfer in part.arriving:
-            transfer.wait()
-            rows = memory.view(part.narrow or part.buffer.dtype).view(k, home.numel())
-            weighted_sum(rows, weights, out=home)
-            self._scratch.take_back(memory)
-        part.arriving = []
+        while part.arriving:
+            self._reduce(part)
+
+    def _reduce(self, part: Slice) -> None:
+        (home, memory, transfer), k = part.arriving.popleft(), self.wire.size
+        transfer.wait()
+        rows = memory.view(part.narrow or part.buffer.dtype).view(k, home.numel())
+        weights = torch.full((k,), 1 / k, dtype=torch.float64, device=home.device)
+        weighted_sum(rows, weights, out=home)
+        self._scratch.take_back(memory)
 
     def gather(self, part: Slice) -> None:
         """Start to send this rank's slice to the group, and to receive the others'."""

@@ -17,8 +17,9 @@ class Scratch:
 
     def lend(self, count: int, device: torch.device, limit: int) -> Tensor:
         free = self._free[device, count]
+        fits = self.lent + self._kept <= limit
         self.lent += count
-        if free:
+        if free and fits:
             self._kept -= count
             return free.pop()
         if self.lent + self._kept > limit:

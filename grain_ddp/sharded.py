@@ -120,8 +120,8 @@ class ShardedAggregation:
             if getattr(state, name) != only:
                 raise ValueError(
                     f"grain_ddp: {name} must be {only!r} where gradients are sharded, but it is "
-                    f"{getattr(state, name)!r} (this is rank {wire.rank}). DDP, DeepSpeed's stage 0 "
-                    "and reduce_gradients have groups of other sizes."
+                    f"{getattr(state, name)!r} (this is rank {wire.rank}). DDP and "
+                    "reduce_gradients have groups of other sizes."
                 )
         wire.agree(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
