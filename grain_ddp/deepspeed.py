@@ -15,7 +15,7 @@ import inspect
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grain_ddp.aggregation import Aggregation
+from grain_ddp.aggregation import MESSAGE_BYTES, Aggregation
+from grain_ddp.packing import flatten, packs
 from grain_ddp.record import StepRecord
 from grain_ddp.sharded import ShardedAggregation, Views
 from grain_ddp.sinks import jsonl
@@ -89,9 +90,6 @@ _REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("optimizer.type", lambda v: str(v).lower() == "muon", "it needs whole matrices, not parts"),
 ]
-
-_CHUNK = 1 << 23
-"""Stage 0: gradients of fewer elements than this are copied together, up to this."""
 
 
 def attach(engine: Any) -> None:
@@ -317,39 +315,22 @@ class _Replicated:
                 "with sparse=False."
             )
         self.state.step = self.engine.global_steps
-        limit = elements_per_buffer if self.state.scope == "bucket" else _CHUNK
-        for chunk in _chunks(grads, limit):
-            if len(chunk) == 1 and chunk[0].is_contiguous():
-                flat = chunk[0].view(-1)
-            else:
-                flat = torch.cat([g.reshape(-1) for g in chunk])
-            self.aggregation.push(flat, functools.partial(self._done, flat, chunk))
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            some = [g for g in grads if g.dtype == dtype]
+            limit = elements_per_buffer * dtype.itemsize
+            if self.state.scope == "global":
+                # The big ones by themselves, where they are: without the copy that a bucket is.
+                limit = MESSAGE_BYTES
+                some.sort(key=lambda g: g.nbytes < limit)
+            for pack in packs(some, limit):
+                flat, copy_back = flatten(pack)
+                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
         self.aggregation.finish()
 
-    def _done(self, flat: Tensor, chunk: list[Tensor]) -> None:
+    def _done(self, flat: Tensor, copy_back: Callable[[], None]) -> None:
         if self.scale != 1:
             flat *= self.scale
-        if flat.data_ptr() != chunk[0].data_ptr():
-            for g, values in zip(
-                chunk, flat.split_with_sizes([g.numel() for g in chunk]), strict=True
-            ):
-                g.copy_(values.view_as(g))
-
-
-def _chunks(grads: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """Gradients of one dtype, together up to the limit of elements; a bigger one by itself."""
-    for dtype in dict.fromkeys(g.dtype for g in grads):
-        chunk: list[Tensor] = []
-        size = 0
-        for g in grads:
-            if g.dtype != dtype:
-                continue
-            if chunk and size + g.numel() > limit:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(g)
-            size += g.numel()
-        yield chunk
+        copy_back()
 
 
 class _Sharded:

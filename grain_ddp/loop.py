@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from grain_ddp.aggregation import Aggregation
+from grain_ddp.packing import flatten, packs
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
 from grain_ddp.wire import TorchWire, default_group
@@ -44,12 +44,8 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         gradients = [p.grad for p in trained if p.grad is not None]
         if not gradients:
             raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
-        for bucket in _buckets(gradients):
-            if len(bucket) == 1 and bucket[0].is_contiguous():
-                aggregation.push(bucket[0].view(-1))
-            else:
-                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-                aggregation.push(flat, partial(_copy_back, flat, bucket))
+        for pack in packs(gradients, BUCKET_BYTES):
+            aggregation.push(*flatten(pack))
         return aggregation.finish()
 
 
@@ -75,24 +71,3 @@ def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
     for p, anywhere in zip(trained, every, strict=True):
         if anywhere and p.grad is None:
             p.grad = torch.zeros_like(p)
-
-
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, together up to BUCKET_BYTES; a bigger one by itself."""
-    bucket: list[Tensor] = []
-    kind, size = None, 0
-    for gradient in gradients:
-        found = gradient.dtype, gradient.device
-        if bucket and (found != kind or size + gradient.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        kind, size = found, size + gradient.nbytes
-    yield bucket
-
-
-def _copy_back(flat: Tensor, bucket: list[Tensor]) -> None:
-    for gradient, part in zip(
-        bucket, flat.split_with_sizes([g.numel() for g in bucket]), strict=True
-    ):
-        gradient.copy_(part.view_as(gradient))

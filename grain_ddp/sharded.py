@@ -18,7 +18,8 @@ from grain_ddp.aggregation import (
     SCRATCH_BYTES,
     narrow_dtype,
     record_of,
-    weights_of,
+    start_sum,
+    weights_of_sum,
 )
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import StepRecord
@@ -118,7 +119,6 @@ class ShardedAggregation:
     def __init__(self, state: GrainState, wire: TorchWire, *, scale: float = 1.0) -> None:
         wire.agree(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
-        self._triangle = torch.triu_indices(wire.size, wire.size)
         self.drop()
 
     def drop(self) -> None:
@@ -215,10 +215,7 @@ class ShardedAggregation:
             weights = uniform(n)
         else:
             total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
-            rows, columns = self._triangle
-            transfer, triangles = self.wire.sum(total[rows, columns])
-            transfer.wait()
-            weights = weights_of(self.state, triangles.sum(0).cpu().numpy(), n)
+            weights = weights_of_sum(self.state, start_sum(self.wire, total), n)
         for bucket in buckets:
             factors = torch.from_numpy(weights.factors(bucket.like.dtype) * self.scale)
             factors = factors.to(bucket.like.device)
