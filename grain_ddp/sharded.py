@@ -8,6 +8,7 @@ times the buffer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,9 @@ from grain_ddp.wire import TorchWire, Transfer
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
+
+SMALLEST_MESSAGE_BYTES = 64 << 10
+"""What one rank sends to another at a time is not less than this, however many ranks there are."""
 
 Views = list[Tensor]
 """Flat views that are read and written as if they were one tensor."""
@@ -113,12 +117,21 @@ class ShardedAggregation:
     Every rank pushes parts of the same lengths and dtypes in the same order. After that (after
     `finish`, where all pushes of a step share their weights) this rank's own part holds the
     aggregate, multiplied with `scale`; the other parts hold nothing of use: they are memory for
-    what arrives.
+    what arrives. Beside them, about `scratch` bytes are taken, and `SCRATCH_BYTES` at most: a half
+    for what is under way, a half for rows that wait for their weights.
     """
 
-    def __init__(self, state: GrainState, wire: TorchWire, *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        state: GrainState,
+        wire: TorchWire,
+        *,
+        scale: float = 1.0,
+        scratch: float = math.inf,
+    ) -> None:
         wire.agree(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
+        self._scratch = int(min(scratch, SCRATCH_BYTES))
         self.drop()
 
     def drop(self) -> None:
@@ -165,7 +178,9 @@ class ShardedAggregation:
         bucket = _Bucket(like, self.wire.size, moved)
         self._buckets.append(bucket)
         lengths = [length(views) for views in weighed]
-        message = MESSAGE_BYTES if like.device.type == "cpu" else SCRATCH_BYTES // self.wire.size
+        message = max(self._scratch // (4 * self.wire.size), SMALLEST_MESSAGE_BYTES)
+        if like.device.type == "cpu":
+            message = min(message, MESSAGE_BYTES)
         count = -(-max(lengths) * like.itemsize // message)
         previous = None
         for k in range(count):
@@ -199,7 +214,7 @@ class ShardedAggregation:
         if not self.state.averaging:
             bucket.gramian += gramian(rows)
         self._kept += rows.nbytes
-        if self._kept > SCRATCH_BYTES:
+        if self._kept > self._scratch // 2:
             # The gradient in these columns has been sent: its memory takes the rows.
             self._kept -= rows.nbytes
             homes = [view for views in piece.slots for view in views]
