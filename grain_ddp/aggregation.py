@@ -48,6 +48,19 @@ def weights_of(state: GrainState, triangle: Array, n: int) -> Weights:
     )
 
 
+def start_sum(wire: TorchWire, share: Tensor) -> tuple[Transfer, Tensor]:
+    """Start to sum a Gramian [n, n] over the ranks: its upper triangle travels."""
+    rows, columns = torch.triu_indices(*share.shape)
+    return wire.sum(share[rows, columns])
+
+
+def weights_of_sum(state: GrainState, pending: tuple[Transfer, Tensor], n: int) -> Weights:
+    """The weights, the same on every rank, for a Gramian [n, n] whose sum was started."""
+    transfer, triangles = pending
+    transfer.wait()
+    return weights_of(state, triangles.sum(0).cpu().numpy(), n)
+
+
 def record_of(state: GrainState, buckets: list[Weights]) -> StepRecord:
     """The record of a step with these weights, one for each bucket."""
     if state.scope == "global":
@@ -226,7 +239,7 @@ class Aggregation:
         else:
             self._arrive(buckets[-1])
             total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
-            weights = self._weigh(self._start_sum(total))
+            weights = weights_of_sum(self.state, start_sum(self.wire, total), self.size)
             for bucket in buckets:
                 bucket.weights = weights
                 self._reduce(bucket)
@@ -297,7 +310,7 @@ class Aggregation:
         for piece in bucket.pieces:
             self._arrive_piece(piece)
         if self.state.scope == "bucket" and not self.state.averaging:
-            bucket.sum = self._start_sum(bucket.gramian)
+            bucket.sum = start_sum(self.wire, bucket.gramian)
 
     def _arrive_piece(self, piece: _Piece) -> None:
         if piece.arrived:
@@ -312,7 +325,7 @@ class Aggregation:
         if self.state.averaging:
             bucket.weights = uniform(self.size)
         elif self.state.scope == "bucket":
-            bucket.weights = self._weigh(bucket.sum)
+            bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)
         if self.size == 1:
             return
         factors = bucket.weights.factors(bucket.buffer.dtype)
@@ -418,17 +431,6 @@ class Aggregation:
             del self._holders[piece]
             self._scratch.take_back(piece.scratch)
             piece.scratch, piece.narrow = None, []
-
-    def _start_sum(self, share: Tensor) -> tuple[Transfer, Tensor]:
-        """Start to sum a Gramian [n, n] over the ranks: its upper triangle travels."""
-        rows, columns = torch.triu_indices(*share.shape)
-        return self.wire.sum(share[rows, columns])
-
-    def _weigh(self, pending: tuple[Transfer, Tensor]) -> Weights:
-        """The weights, the same on every rank, from a Gramian whose sum was started."""
-        transfer, triangles = pending
-        transfer.wait()
-        return weights_of(self.state, triangles.sum(0).cpu().numpy(), self.size)
 
     @contextmanager
     def _side_stream(self, device: torch.device) -> Iterator[None]:

@@ -15,7 +15,8 @@ import inspect
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grain_ddp.aggregation import Aggregation
+from grain_ddp.aggregation import MESSAGE_BYTES, Aggregation
+from grain_ddp.packing import flatten, packs
 from grain_ddp.record import StepRecord
 from grain_ddp.sharded import ShardedAggregation, Views
 from grain_ddp.sinks import jsonl
@@ -36,6 +38,7 @@ try:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import logger
+    from deepspeed.utils.logging import print_dist
 except ImportError as error:
     raise ImportError(
         'grain_ddp.deepspeed needs DeepSpeed: pip install "grain-ddp[deepspeed]", after torch.'
@@ -90,9 +93,6 @@ _REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
     ("optimizer.type", lambda v: str(v).lower() == "muon", "it needs whole matrices, not parts"),
 ]
 
-_CHUNK = 1 << 23
-"""Stage 0: gradients of fewer elements than this are copied together, up to this."""
-
 
 def attach(engine: Any) -> None:
     """Let the engine aggregate as the "grain" section of its config says; without one, nothing.
@@ -103,11 +103,12 @@ def attach(engine: Any) -> None:
     """
     engine.grain = None
     config = engine._config._param_dict
+    _check_config(config)
     options = _section(config)
     if options is None:
         return
     _check_version()
-    _check_combination(engine, config)
+    _check_engine(engine)
     stage = int(engine.zero_optimization_stage())
     if stage and _basic_optimizer(engine) is None:
         return  # for inference
@@ -204,13 +205,19 @@ def _parameters(method: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)[1:]
 
 
-def _check_combination(engine: Any, config: Mapping[str, Any]) -> None:
-    refused = [(key, why) for key, bad, why in _REFUSED if _refuses(config, key, bad)]
+def _check_config(config: Mapping[str, Any]) -> None:
+    if _section(config) is not None:
+        _refuse((key, why) for key, bad, why in _REFUSED if _refuses(config, key, bad))
+
+
+def _check_engine(engine: Any) -> None:
+    """See that the engine is one that can be honoured: what its config does not tell."""
+    refused = []
     mpu = engine.mpu
     if engine.has_moe_layers:
         refused.append(("MoE layers", "experts have data-parallel groups of their own"))
     if engine.pipeline_parallelism:
-        refused.append(("pipeline", "a rank holds a part of a group's gradient"))
+        refused.append(("pipeline parallelism", "a rank holds a part of a group's gradient"))
     if engine.sequence_parallel_size > 1:
         refused.append(("sequence_parallel_size", "several ranks share one group's samples"))
     if getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
@@ -219,16 +226,21 @@ def _check_combination(engine: Any, config: Mapping[str, Any]) -> None:
         refused.append(("optimizer.type", "it does without DeepSpeed's reduction"))
     if "muon" in type(_basic_optimizer(engine)).__name__.lower():
         refused.append(("optimizer (Muon)", "it needs whole matrices, not parts"))
+    for name, module in engine.module.named_modules():
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
+            refused.append(
+                (f"sparse=True of {name or 'the model'}", "a sparse gradient has no Gramian")
+            )
     expected = _ranks(engine.seq_data_parallel_group)
     for p in engine.module.parameters():
-        if (
-            _ranks(getattr(p, "ds_process_group", None) or engine.seq_data_parallel_group)
-            != expected
-        ):
+        own = getattr(p, "ds_process_group", None)
+        if own is not None and _ranks(own) != expected:
             refused.append(("deepspeed.zero.Init", "a parameter has a process group of its own"))
-            break
-    if refused:
-        key, why = refused[0]
+    _refuse(refused)
+
+
+def _refuse(refused: Iterable[tuple[str, str]]) -> None:
+    for key, why in refused:
         raise ValueError(
             f'grain_ddp: "grain" cannot be honoured together with {key}: {why}. '
             f"Change {key}, or disable grain."
@@ -253,9 +265,11 @@ def _ranks(group: Any) -> list[int]:
 
 
 def _announce(engine: Any, state: GrainState, wire: TorchWire, stage: int) -> None:
-    logger.info(
+    # The one that does not depend on the log's level, which hides "info" unless it is changed.
+    print_dist(
         f"grain_ddp: {state.weighting} over {wire.size} ranks, scope {state.scope}, "
-        f"ZeRO stage {stage}"
+        f"ZeRO stage {stage}",
+        ranks=[0],
     )
     if wire.size == 1:
         logger.warning(
@@ -317,39 +331,22 @@ class _Replicated:
                 "with sparse=False."
             )
         self.state.step = self.engine.global_steps
-        limit = elements_per_buffer if self.state.scope == "bucket" else _CHUNK
-        for chunk in _chunks(grads, limit):
-            if len(chunk) == 1 and chunk[0].is_contiguous():
-                flat = chunk[0].view(-1)
-            else:
-                flat = torch.cat([g.reshape(-1) for g in chunk])
-            self.aggregation.push(flat, functools.partial(self._done, flat, chunk))
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            some = [g for g in grads if g.dtype == dtype]
+            limit = elements_per_buffer * dtype.itemsize
+            if self.state.scope == "global":
+                # The big ones by themselves, where they are: without the copy that a bucket is.
+                limit = MESSAGE_BYTES
+                some.sort(key=lambda g: g.nbytes < limit)
+            for pack in packs(some, limit):
+                flat, copy_back = flatten(pack)
+                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
         self.aggregation.finish()
 
-    def _done(self, flat: Tensor, chunk: list[Tensor]) -> None:
+    def _done(self, flat: Tensor, copy_back: Callable[[], None]) -> None:
         if self.scale != 1:
             flat *= self.scale
-        if flat.data_ptr() != chunk[0].data_ptr():
-            for g, values in zip(
-                chunk, flat.split_with_sizes([g.numel() for g in chunk]), strict=True
-            ):
-                g.copy_(values.view_as(g))
-
-
-def _chunks(grads: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """Gradients of one dtype, together up to the limit of elements; a bigger one by itself."""
-    for dtype in dict.fromkeys(g.dtype for g in grads):
-        chunk: list[Tensor] = []
-        size = 0
-        for g in grads:
-            if g.dtype != dtype:
-                continue
-            if chunk and size + g.numel() > limit:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(g)
-            size += g.numel()
-        yield chunk
+        copy_back()
 
 
 class _Sharded:
@@ -364,9 +361,16 @@ class _Sharded:
     def __init__(self, engine: Any, state: GrainState, wire: TorchWire) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         self.state, self.wire = state, wire
+        self.names = {id(p): name for name, p in engine.module.named_parameters()}
         # Stage 3 of DeepSpeed knows the mean only.
         sums = not getattr(self.optimizer, "gradient_average", True)
-        self.aggregation = ShardedAggregation(state, wire, scale=wire.size if sums else 1)
+        itemsize = max(p.itemsize for p in engine.module.parameters())
+        self.aggregation = ShardedAggregation(
+            state,
+            wire,
+            scale=wire.size if sums else 1,
+            scratch=2 * self.optimizer.reduce_bucket_size * itemsize,
+        )
         self.ready = self.optimizer.reduce_ready_partitions_and_remove_grads
         self.epilogue = self.optimizer.independent_gradient_partition_epilogue
         self.optimizer.independent_gradient_partition_epilogue = self.complete
@@ -379,6 +383,7 @@ class _Sharded:
         boundary = self.engine.is_gradient_accumulation_boundary()
         if not self.holds:
             self.epilogue()
+            self.meet([])
             if boundary:
                 self.finish()
         elif boundary:
@@ -390,10 +395,12 @@ class _Sharded:
         """Aggregate the gradients that were held back, and hand them to DeepSpeed's buckets."""
         held = self.held()
         present = [self.gradient(p) is not None for _, p in held]
-        if not self.wire.same(repr(present), torch.device(self.engine.device)):
-            self.wire.agree(
-                {f"whether parameter {j} has a gradient": one for j, one in enumerate(present)}
-            )
+        if not self.same(present):
+            every = zip(*self.wire.gather_objects(present), strict=True)
+            for j, ranks in enumerate(every):
+                if any(ranks) and not all(ranks):
+                    self.complement(held[j][1])
+                    present[j] = True
         held = [one for one, there in zip(held, present, strict=True) if there]
         for dtype in dict.fromkeys(self.gradient(p).dtype for _, p in held):
             some = [(i, p) for i, p in held if self.gradient(p).dtype == dtype]
@@ -411,6 +418,28 @@ class _Sharded:
             )
         self.aggregation.finish()
 
+    def same(self, value: Any) -> bool:
+        """Whether it is the same on every rank."""
+        return self.wire.same(repr(value), torch.device(self.engine.device))
+
+    def meet(self, parameters: Sequence[Any]) -> None:
+        """See that every rank has come to a bucket of these parameters, or to the pass's end.
+
+        A rank whose loss does not reach a parameter fills other buckets.
+        """
+        names = [self.names[id(p)] for p in parameters]
+        if self.same(names):
+            return
+        every = self.wire.gather_objects(names)
+        first = next(row for row in zip_longest(*every) if len(set(row)) > 1)
+        found = ", ".join(f"rank {j}: {name or 'none'}" for j, name in enumerate(first))
+        raise ValueError(
+            "grain_ddp: expected gradients of the same parameters, in the same order, on every "
+            f"rank, but the next one is {found} (this is rank {self.wire.rank}). Let every rank's "
+            'loss reach the same parameters, or, at stages 1 and 2, set grain.scope to "global", '
+            "which counts what is missing as zero."
+        )
+
     def push(self, owned: list[Views]) -> None:
         """Aggregate, now or with all of the step, what belongs to each rank, in place."""
         self.state.step = self.engine.global_steps
@@ -423,6 +452,10 @@ class _Sharded:
 
     def gradient(self, parameter: Any) -> Any:
         """The parameter's local gradient, accumulated over the step so far, or None."""
+        raise NotImplementedError
+
+    def complement(self, parameter: Any) -> None:
+        """Called on every rank for a parameter that has a gradient on some only."""
         raise NotImplementedError
 
     def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[Views]:
@@ -459,6 +492,7 @@ class _Stage12(_Sharded):
     def _reduce(self, flat: Tensor, params: list[tuple[int, int, int]]) -> Tensor:
         if not self.holds and flat.numel():
             every = [(i, self.optimizer.bit16_groups[i][index]) for i, index, _ in params]
+            self.meet([p for _, p in every])
             parts = flat.split_with_sizes([p.numel() for _, p in every])
             self.push(self.owned((i, p, g) for (i, p), g in zip(every, parts, strict=True)))
         return flat
@@ -469,6 +503,12 @@ class _Stage12(_Sharded):
 
     def gradient(self, parameter: Any) -> Any:
         return self.optimizer.get_gradient_for_reduction(parameter)
+
+    def complement(self, parameter: Any) -> None:
+        if self.gradient(parameter) is None:
+            parameter.grad = torch.zeros_like(parameter)
+            if self.optimizer.use_grad_accum_attribute:
+                self.optimizer.fill_grad_accum_attribute()
 
     def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[Views]:
         optimizer = self.optimizer
@@ -499,6 +539,8 @@ class _Stage3(_Sharded):
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype
     ) -> list[Tensor]:
         """Aggregate a bucket of parameters: this rank's shard of each one's gradient."""
+        if not self.holds:
+            self.meet(params_to_reduce)
         flats = [_flat(p.grad) for p in params_to_reduce]
         owned = self.owned((0, p, g) for p, g in zip(params_to_reduce, flats, strict=True))
         if not self.holds:
@@ -511,6 +553,14 @@ class _Stage3(_Sharded):
 
     def gradient(self, parameter: Any) -> Any:
         return parameter.grad
+
+    def complement(self, parameter: Any) -> None:
+        raise ValueError(
+            f"grain_ddp: expected a gradient of {self.names[id(parameter)]} on every rank or on "
+            f"none, but some have one (this is rank {self.wire.rank}, where it is "
+            f"{'there' if parameter.grad is not None else 'missing'}). At stage 3 every rank's "
+            "loss has to reach the same parameters."
+        )
 
     def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[Views]:
         owned: list[Views] = [[] for _ in range(self.wire.size)]
@@ -540,8 +590,13 @@ def install() -> None:
     if hasattr(original, "grain_ddp"):
         return
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = signature.bind(self, *args, **kwargs).arguments.get("config_class")
+        if config is not None:
+            _check_config(config._param_dict)  # before DeepSpeed starts on what would be refused
         original(self, *args, **kwargs)
         attach(self)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from grain_ddp.aggregation import Aggregation
+from grain_ddp.packing import flatten, packs
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
 from grain_ddp.wire import TorchWire, default_group
@@ -51,13 +51,9 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         if not gradients:
             raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
         names = {id(p.grad): id(p) for p in trained}
-        for bucket in _buckets(gradients):
-            parts = [(names[id(gradient)], gradient.numel()) for gradient in bucket]
-            if len(bucket) == 1 and bucket[0].is_contiguous():
-                aggregation.push(bucket[0].view(-1), parts=parts)
-            else:
-                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-                aggregation.push(flat, partial(_copy_back, flat, bucket), parts)
+        for pack in packs(gradients, BUCKET_BYTES):
+            parts = [(names[id(gradient)], gradient.numel()) for gradient in pack]
+            aggregation.push(*flatten(pack), parts)
         return aggregation.finish()
 
 
@@ -88,24 +84,3 @@ def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
     for p, anywhere in zip(trained, every, strict=True):
         if anywhere and p.grad is None:
             p.grad = torch.zeros_like(p)
-
-
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, together up to BUCKET_BYTES; a bigger one by itself."""
-    bucket: list[Tensor] = []
-    kind, size = None, 0
-    for gradient in gradients:
-        found = gradient.dtype, gradient.device
-        if bucket and (found != kind or size + gradient.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        kind, size = found, size + gradient.nbytes
-    yield bucket
-
-
-def _copy_back(flat: Tensor, bucket: list[Tensor]) -> None:
-    for gradient, part in zip(
-        bucket, flat.split_with_sizes([g.numel() for g in bucket]), strict=True
-    ):
-        gradient.copy_(part.view_as(gradient))

@@ -8,6 +8,7 @@ times the buffer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ from grain_ddp.aggregation import (
     SCRATCH_BYTES,
     narrow_dtype,
     record_of,
-    weights_of,
+    start_sum,
+    weights_of_sum,
 )
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import StepRecord
@@ -28,6 +30,9 @@ from grain_ddp.wire import TorchWire, Transfer
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
+
+SMALLEST_MESSAGE_BYTES = 64 << 10
+"""What one rank sends to another at a time is not less than this, however many ranks there are."""
 
 Views = list[Tensor]
 """Flat views that are read and written as if they were one tensor."""
@@ -112,10 +117,18 @@ class ShardedAggregation:
     Every rank pushes parts of the same lengths and dtypes in the same order. After that (after
     `finish`, where all pushes of a step share their weights) this rank's own part holds the
     aggregate, multiplied with `scale`; the other parts hold nothing of use: they are memory for
-    what arrives.
+    what arrives. Beside them, about `scratch` bytes are taken, and `SCRATCH_BYTES` at most: a half
+    for what is under way, a half for rows that wait for their weights.
     """
 
-    def __init__(self, state: GrainState, wire: TorchWire, *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        state: GrainState,
+        wire: TorchWire,
+        *,
+        scale: float = 1.0,
+        scratch: float = math.inf,
+    ) -> None:
         for name, only in (("groups", "rank"), ("microbatches", 1)):
             if getattr(state, name) != only:
                 raise ValueError(
@@ -125,7 +138,7 @@ class ShardedAggregation:
                 )
         wire.agree(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
-        self._triangle = torch.triu_indices(wire.size, wire.size)
+        self._scratch = int(min(scratch, SCRATCH_BYTES))
         self.drop()
 
     def drop(self) -> None:
@@ -172,7 +185,9 @@ class ShardedAggregation:
         bucket = _Bucket(like, self.wire.size, moved)
         self._buckets.append(bucket)
         lengths = [length(views) for views in weighed]
-        message = MESSAGE_BYTES if like.device.type == "cpu" else SCRATCH_BYTES // self.wire.size
+        message = max(self._scratch // (4 * self.wire.size), SMALLEST_MESSAGE_BYTES)
+        if like.device.type == "cpu":
+            message = min(message, MESSAGE_BYTES)
         count = -(-max(lengths) * like.itemsize // message)
         previous = None
         for k in range(count):
@@ -206,7 +221,7 @@ class ShardedAggregation:
         if not self.state.averaging:
             bucket.gramian += gramian(rows)
         self._kept += rows.nbytes
-        if self._kept > SCRATCH_BYTES:
+        if self._kept > self._scratch // 2:
             # The gradient in these columns has been sent: its memory takes the rows.
             self._kept -= rows.nbytes
             homes = [view for views in piece.slots for view in views]
@@ -222,10 +237,7 @@ class ShardedAggregation:
             weights = uniform(n)
         else:
             total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
-            rows, columns = self._triangle
-            transfer, triangles = self.wire.sum(total[rows, columns])
-            transfer.wait()
-            weights = weights_of(self.state, triangles.sum(0).cpu().numpy(), n)
+            weights = weights_of_sum(self.state, start_sum(self.wire, total), n)
         for bucket in buckets:
             factors = torch.from_numpy(weights.factors(bucket.like.dtype) * self.scale)
             factors = factors.to(bucket.like.device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,11 +20,12 @@ import torch
 import torch.utils.checkpoint
 from harness import launch, run
 from oracle import min_norm_point
-from ranks import flat, gather, loss, network, relative_error, same_everywhere
+from ranks import batch, flat, gather, loss, network, relative_error, same_everywhere
 
 pytest.importorskip("deepspeed")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 
 import grain_ddp.deepspeed
 
@@ -255,46 +259,97 @@ def test_mean_is_plain_deepspeed() -> None:
             assert error < (4e-3 if "bf16" in case else 1e-6), case
 
 
-def half(stage: int, scope: str, passes: int, spoil: bool) -> Any:
-    """bf16: (error of the first step's change, whether a spoilt step was skipped everywhere)."""
-    settings = config(
-        stage,
-        {"scope": scope},
-        bf16={"enabled": True, "check_grad_overflow": True},
-        gradient_accumulation_steps=passes,
-    )
-    engine = engine_for(settings, network(torch.bfloat16))
-    before, rows = masters(engine).clone(), []
+REDUCTIONS = [
+    {"gradient_allreduce_op": "sum"},
+    {"gradient_allreduce_op": "sum", "zero": {"contiguous_gradients": False}},
+    {"prescale_gradients": True, "zero": {"reduce_scatter": False}},
+    {"gradient_predivide_factor": 2.0, "zero": {"reduce_scatter": False}},
+    {"communication_data_type": "bf16"},
+    {"communication_data_type": "fp32", "bf16": {"enabled": True}},
+    {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+]
+
+
+def test_settings_of_the_reduction() -> None:
+    cases = [
+        config(stage, {"scope": scope}, gradient_accumulation_steps=2, **copy.deepcopy(more))
+        for stage in STAGES
+        for scope in ("global", "bucket")
+        for more in REDUCTIONS
+        if RIGHT or more.get("zero", {}).get("contiguous_gradients", True)
+        if stage != 0 or "data_types" not in more  # DeepSpeed has no such optimizer
+        if stage != 3 or "gradient_allreduce_op" not in more  # and refuses this itself
+    ]
+    for ranks in run(3, against_plain, cases, deadline=300):
+        for case, error in zip(cases, ranks, strict=True):
+            exact = "bf16" not in case and "communication_data_type" not in case
+            assert error < (1e-6 if exact else 4e-3), case
+
+
+def half(stage: int, scope: str, passes: int, spoil: bool, dtype: torch.dtype) -> Any:
+    """bf16 or fp16: the error of the first step's change; of a spoilt step, whether all is well."""
+    if dtype == torch.float16:
+        # PyTorch has fp16 on every CPU. DeepSpeed takes it only on those that are fast with it.
+        get_accelerator().is_fp16_supported = lambda: True
+        section = {"fp16": {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}}
+    else:
+        section = {"bf16": {"enabled": True, "check_grad_overflow": True}}
+    settings = config(stage, {"scope": scope}, gradient_accumulation_steps=passes, **section)
+    engine = engine_for(settings, network(dtype))
+    before, rows = half_masters(engine, stage).clone(), []
     for k in range(passes):
-        twin = network(torch.bfloat16)
-        loss(twin, k, torch.bfloat16).backward()
-        rows.append(torch.stack(gather(flat(p.grad for p in twin.parameters()).double() / passes)))
-        value = loss(engine, k, torch.bfloat16)
+        twin = network(dtype)
+        (loss(twin, k, dtype) * 1024).backward()
+        own = flat(p.grad for p in twin.parameters()).double() / 1024
+        rows.append(torch.stack(gather(own / passes)))
+        value = loss(engine, k, dtype)
         if spoil and k == 0 and torch.distributed.get_rank() == 1:
             value = value * float("inf")
+        if stage == 0:
+            value = value * 1024  # DeepSpeed forgets it there, and divides by it all the same
         engine.backward(value)
         engine.step()
-    after = masters(engine)
+    after = half_masters(engine, stage).clone()
     assert same_everywhere(after)
+    scale = engine.optimizer.loss_scale if dtype == torch.float16 else 1024
+    assert scale == (512 if spoil and dtype == torch.float16 else 1024)
     expected = sum(map(min_norm, rows)) if stage >= 2 and scope == "bucket" else min_norm(sum(rows))
+    if not spoil:
+        engine.destroy()
+        return relative_error(before.double() - after.double(), RATE * expected)
+    skipped = torch.equal(before, after) and engine.skipped_steps == 1
+    train(engine, 1, first=1, dtype=dtype)
+    final = half_masters(engine, stage)
+    assert same_everywhere(final)
     engine.destroy()
-    if spoil:
-        return torch.equal(before, after)
-    return relative_error(before.double() - after.double(), RATE * expected)
+    return skipped and not torch.equal(final, after) and bool(final.isfinite().all())
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
-def test_bf16_to_its_rounding(stage: int) -> None:
-    assert max(run(3, each_half, stage, False)) < 0.01
+def half_masters(engine: Any, stage: int) -> torch.Tensor:
+    if stage == 0:
+        return flat(p for group in engine.optimizer.fp32_groups for p in group)
+    return masters(engine)
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
-def test_a_step_that_overflows_on_one_rank_is_skipped_by_all(stage: int) -> None:
-    assert all(run(2, each_half, stage, True))
+HALVES = [(dtype, stage) for dtype in (torch.bfloat16, torch.float16) for stage in STAGES]
+HALVES.remove((torch.bfloat16, 0))  # without master weights
 
 
-def each_half(stage: int, spoil: bool) -> Any:
-    found = [half(stage, scope, k, spoil) for scope in ("global", "bucket") for k in (1, 2)]
+@pytest.mark.parametrize(("dtype", "stage"), HALVES, ids=str)
+def test_half_precision_to_its_rounding(dtype: torch.dtype, stage: int) -> None:
+    bound = 0.01 if dtype == torch.bfloat16 else 0.002
+    assert max(run(3, each_half, stage, False, dtype)) < bound
+
+
+@pytest.mark.parametrize(("dtype", "stage"), HALVES, ids=str)
+def test_a_step_that_overflows_on_one_rank_is_skipped_by_all(
+    dtype: torch.dtype, stage: int
+) -> None:
+    assert all(run(2, each_half, stage, True, dtype))
+
+
+def each_half(stage: int, spoil: bool, dtype: torch.dtype) -> Any:
+    found = [half(stage, s, k, spoil, dtype) for s in ("global", "bucket") for k in (1, 2)]
     return all(found) if spoil else max(found)
 
 
@@ -347,18 +402,21 @@ def test_resuming_gives_the_same_trajectory(stage: int, tmp_path: Path) -> None:
     assert max(run(2, saved_and_resumed, stage, str(tmp_path))) == 0
 
 
+def complaint(start: Callable[[], object], key: str) -> str | None:
+    """What is wrong with the error: it does not name the key, or there is none."""
+    try:
+        start()
+    except Exception as error:  # some are DeepSpeed's own, in some of its versions
+        ours = "grain_ddp: " in str(error) or type(error).__name__ == "DeepSpeedConfigError"
+        if key in str(error) and ours:
+            return None
+        return repr(error)
+    return f"no error: {key}"
+
+
 def refusals(cases: list[tuple[dict[str, Any], str]]) -> list[str]:
-    """The messages that do not name the key, or where there was no error."""
-    wrong = []
-    for settings, key in cases:
-        try:
-            engine_for(settings)
-        except Exception as error:  # some are DeepSpeed's own, in some of its versions
-            if key not in str(error) or ("grain_ddp" not in str(error) and "." in key):
-                wrong.append(repr(error))
-        else:
-            wrong.append(f"no error: {key}")
-    return wrong
+    found = [complaint(lambda s=settings: engine_for(s), key) for settings, key in cases]
+    return [wrong for wrong in found if wrong]
 
 
 def test_errors_at_initialize_name_the_key() -> None:
@@ -382,16 +440,97 @@ def test_errors_at_initialize_name_the_key() -> None:
     cases = [(config(1, options), key) for options, key in grain]
     cases += [(config(1) | {"grain": section}, "grain") for section in (True, "yes", None, [])]
     cases += [(config(1) | {"grain": section}, "grain.enabled") for section in ({}, {"enabled": 1})]
-    together = [
-        ({"sparse_gradients": True}, "sparse_gradients"),
-        ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
-        ({"zero": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
-        ({"zero": {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
-    ]
-    cases += [
-        (config(0 if "sparse_gradients" in more else 3, {}, **more), key) for more, key in together
-    ]
     assert run(2, refusals, cases) == [[], []]
+
+
+def test_combinations_that_are_refused_by_their_key() -> None:
+    offload = {"device": "cpu"}
+    zero: list[tuple[int, dict[str, Any], str]] = [
+        (3, {"mics_shard_size": 1}, "mics_shard_size"),
+        (3, {"zero_quantized_gradients": True}, "zero_quantized_gradients"),
+        (3, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size"),
+        (2, {"zenflow": {"topk_ratio": 0.1}, "offload_optimizer": offload}, "zenflow"),
+        (3, {"offload_optimizer": offload | {"super_offload": True}}, "offload_optimizer.super"),
+    ]
+    cases = [
+        (config(stage, {}, zero=more), f"zero_optimization.{key}") for stage, more, key in zero
+    ]
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"sparse_gradients": True}, "sparse_gradients"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel.enabled"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+    ]
+    for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon"):
+        others.append(({"optimizer": {"type": name, "params": {"lr": 0.1}}}, "optimizer.type"))
+    cases += [(config(0, {}) | more, key) for more, key in others]
+    assert run(2, refusals, cases) == [[], []]
+
+
+class Muon(torch.optim.SGD):
+    """Not DeepSpeed's, which compiles at its import; what counts is how an optimizer is called."""
+
+
+class Topology:
+    """An mpu whose two ranks are one group of what `kind` says, and two of all else."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        groups = [torch.distributed.new_group([rank]) for rank in range(2)]
+        self.own = groups[torch.distributed.get_rank()]
+
+    def __getattr__(self, name: str) -> Any:
+        together = self.kind in name or (self.kind == "model" and "tensor" in name)
+        if name.endswith("_world_size"):
+            return lambda: 2 if together else 1
+        if name.endswith("_rank"):
+            return lambda: torch.distributed.get_rank() if together else 0
+        if name.endswith("_group"):
+            return lambda: torch.distributed.group.WORLD if together else self.own
+        raise AttributeError(name)
+
+
+def refused_model(what: str) -> str | None:
+    """A combination that is not in the config."""
+    deepspeed.init_distributed("gloo")
+    model: torch.nn.Module = network()
+    more: dict[str, Any] = {}
+    if what == "MoE":
+        expert = torch.nn.Linear(8, 8)
+        moe = deepspeed.moe.layer.MoE(8, expert, num_experts=2, ep_size=2)
+        model = torch.nn.Sequential(torch.nn.Linear(11, 8), moe)
+        every = {"params": list(model.parameters()), "name": "all"}
+        split = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer
+        more["optimizer"] = torch.optim.SGD(split(every), lr=RATE)
+    elif what == "pipeline":
+        layers = [torch.nn.Linear(11, 8), torch.nn.Linear(8, 3)]
+        model = deepspeed.pipe.PipelineModule(layers, num_stages=2)
+    elif what == "Muon":
+        more["optimizer"] = Muon(model.parameters(), lr=RATE)
+    elif what == "model parallelism":
+        more["mpu"] = Topology("model")
+    elif what == "sequence_parallel_size":
+        more["mpu"] = Topology("sequence")
+    elif what == "sparse=True":
+        model = torch.nn.Embedding(5, 3, sparse=True)
+    more.setdefault("optimizer", torch.optim.SGD(model.parameters(), lr=RATE))
+    settings = config(0 if what in ("pipeline", "sparse=True") else 1, {})
+    return complaint(
+        lambda: deepspeed.initialize(
+            model=model, config=settings, dist_init_required=False, **more
+        ),
+        what,
+    )
+
+
+NOT_IN_THE_CONFIG = ["MoE", "pipeline", "Muon", "model parallelism", "sequence_parallel_size"]
+
+
+@pytest.mark.parametrize("what", [*NOT_IN_THE_CONFIG, "sparse=True"])
+def test_combinations_that_the_config_does_not_tell(what: str) -> None:
+    assert run(2, refused_model, what) == [None, None]
 
 
 def for_inference() -> list[bool]:
@@ -430,27 +569,132 @@ def test_a_world_of_one_and_the_log(tmp_path: Path) -> None:
     assert set(lines[0]) == set(grain_ddp.StepRecord.__dataclass_fields__)
 
 
+def said() -> tuple[list[str], list[str]]:
+    """What `initialize` prints, and what it warns of, at DeepSpeed's own log level."""
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    deepspeed.utils.logger.addHandler(handler)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        engine_for(config(2, {}))
+    return [
+        [line for line in lines if "grain_ddp: " in line]
+        for lines in (printed.getvalue().splitlines(), warned)
+    ]
+
+
+def test_the_number_of_ranks_is_seen_once() -> None:
+    (first, warned), (second, _) = run(2, said)
+    assert len(first) == 1
+    assert "min_norm over 2 ranks, scope bucket, ZeRO stage 2" in first[0]
+    assert (second, warned) == ([], [])
+    [(first, warned)] = run(1, said)
+    assert "min_norm over 1 ranks" in first[0]
+    assert len(warned) == 1
+    assert "the world has one rank" in warned[0]
+
+
 class Branches(torch.nn.Module):
-    """The first rank uses one more layer than the others."""
+    """One more parameter than usual, which only the first rank's gradient reaches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.extra = network(), torch.nn.Linear(3, 3)
+        self.net, self.extra = network(), torch.nn.Parameter(torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.net(x)
-        return self.extra(y) if torch.distributed.get_rank() == 0 else y
+        return y * (self.extra if torch.distributed.get_rank() == 0 else self.extra.detach())
 
 
-def unused() -> None:
-    engine = engine_for(config(1, {}), Branches())
+def unused(stage: int, scope: str) -> float:
+    """The error of a step where a missing gradient counts as zero."""
+    model = Branches()
+    before, rows = flat(model.parameters()).double(), []
+    loss(model, 0).backward()
+    for p in model.parameters():
+        rows.append(torch.zeros_like(p) if p.grad is None else p.grad)
+    rows = torch.stack(gather(flat(rows).double()))
+    settings = config(stage, {"scope": scope}, zero={"reduce_bucket_size": 600})
+    engine = engine_for(settings, Branches())
     engine.backward(loss(engine, 0))
+    engine.step()
+    return relative_error(before - parameters(engine).double(), RATE * min_norm(rows))
 
 
-def test_a_gradient_on_some_ranks_only_is_an_error_on_all() -> None:
-    for outcome in launch(2, unused):
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_gradient_on_some_ranks_only_counts_as_zero(stage: int) -> None:
+    for scope in ("global", "bucket") if stage == 0 else ("global",):
+        assert max(run(3, unused, stage, scope)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stage", "scope"), [(1, "bucket"), (2, "bucket"), (3, "bucket"), (3, "global")]
+)
+def test_a_gradient_on_some_ranks_only_is_an_error_on_all(stage: int, scope: str) -> None:
+    for outcome in launch(3, unused, stage, scope):
         assert outcome.error is not None
-        assert "has a gradient must be the same on every rank" in outcome.error
+        assert "grain_ddp: expected" in outcome.error
+        assert "extra" in outcome.error
+
+
+def interrupted(stage: int, scope: str, everywhere: bool) -> Any:
+    """Parameters, mean and plain, after a backward pass that fails on all ranks or the last."""
+    results = []
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise ArithmeticError("in the middle")
+
+    for grain in ({"scope": scope, "weighting": "mean"}, None):
+        engine = engine_for(config(stage, grain, zero={"reduce_bucket_size": 600}))
+        for step in range(3):
+            hidden = engine.module[:3](batch(step)[0])
+            if step == 1 and (everywhere or torch.distributed.get_rank() == 1):
+                hidden.register_hook(fail)
+            value = engine.module[3:](hidden).square().mean()
+            with contextlib.suppress(ArithmeticError) if everywhere else contextlib.nullcontext():
+                engine.backward(value)
+                engine.step()
+        results.append(parameters(engine))
+        assert same_everywhere(results[-1])
+    return relative_error(*results)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_pass_that_fails_on_every_rank_leaves_nothing_behind(stage: int) -> None:
+    """(At stages 2 and 3 DeepSpeed itself cannot go on.)"""
+    for scope in ("global", "bucket"):
+        assert max(run(2, interrupted, stage, scope, True)) < 1e-6
+
+
+@pytest.mark.parametrize(("stage", "scope"), [(0, "global"), (1, "bucket"), (2, "bucket")])
+def test_a_pass_that_fails_on_one_rank_ends_all(stage: int, scope: str) -> None:
+    first, second = launch(2, interrupted, stage, scope, False, deadline=40, timeout=10)
+    assert second.error is not None
+    assert "in the middle" in second.error
+    assert first.error is not None
+    assert first.exitcode == 0  # it did not hang
+
+
+def two_at_once(stage: int) -> list[float]:
+    """Two engines, in turns, one of them evaluated in between; errors of both."""
+    engines = [engine_for(config(stage, {"scope": scope})) for scope in ("global", "bucket")]
+    for step in range(3):
+        for engine in engines:
+            train(engine, 1, first=step)
+        engines[0].eval()
+        with torch.no_grad():
+            loss(engines[0], 0)
+        engines[0].train()
+    engines[0].destroy()
+    train(engines[1], 1, first=3)
+    assert [engine.grain.step for engine in engines] == [3, 4]
+    return [relative_error(parameters(engines[1]), reference(4, 1, min_norm, False))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_engines(stage: int) -> None:
+    for found in run(2, two_at_once, stage):
+        assert max(found) < 1e-5
 
 
 def test_another_deepspeed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"wire"},  # what moves
     {"state", "groups", "passes"},  # options; what forms a row
     {"aggregation"},  # the only place where both meet
-    {"sharded"},  # the same without its gather
+    {"sharded", "packing"},  # the same without its gather; many gradients as few buffers
     {"sinks"},  # where records go
     {"simulation", "ddp", "loop", "deepspeed"},  # integrations, which do not import each other
     {"report", "doctor"},
