@@ -34,7 +34,14 @@ def weights_on_device(gramian: Tensor, rule: str, cap: float | None, drop: bool)
     with torch.cuda.device_of(gramian):
         launch: Any = _weigh[(1,)]
         launch(
-            gramian.contiguous(), limit, result, n, rule, drop, size, num_warps=4 if n <= 16 else size // 4
+            gramian.contiguous(),
+            limit,
+            result,
+            n,
+            rule,
+            drop,
+            size,
+            num_warps=4 if n <= 16 else size // 4,
         )
     return result
 
@@ -105,7 +112,7 @@ def _min_norm(G, squares, bound, counted, m, n, i, j, k, N: tl.constexpr):
     w /= tl.sum(w)
 
     diagonal = tl.sum(tl.where(i == j, C, 0.0), 0)
-    if tl.sum((C == diagonal[None, :]).to(tl.int32) * counted[:, None] * counted[None, :]) > m:
+    if tl.sum((diagonal[None, :] == C).to(tl.int32) * counted[:, None] * counted[None, :]) > m:
         # Equal rows share their weight evenly.
         same = (counted[:, None] & counted[None, :]).to(tl.int32)
         for row in range(n):
@@ -203,7 +210,9 @@ def _pivot(C, u, top, limit, start, state, counted, m, n, i, j, k, N: tl.constex
             failures = tl.where(many < fewest, 0, failures + 1)
             part = tl.where(many < fewest, 1.0, part * 0.7)
             most = tl.maximum((many * part).to(tl.int32), 1)
-            worse = (wrong[:, None] > wrong[None, :]) | ((wrong[:, None] == wrong[None, :]) & (i > j))
+            worse = (wrong[:, None] > wrong[None, :]) | (
+                (wrong[:, None] == wrong[None, :]) & (i > j)
+            )
             bad = bad & (tl.sum(worse.to(tl.int32), 0) < most)
             fewest = tl.minimum(many, fewest)
             state = tl.where(bad, tl.where(free, tl.where(z < 0, -1.0, 1.0), 0.0), state)
@@ -247,7 +256,7 @@ def _interior(C, u, top, capped, counted, m, n, i, j, N: tl.constexpr):
         dz, dp, dq, step = zero, zero, zero, total
         for corrected in tl.static_range(2):
             h = tl.where(counted, y - c / z + e / s, 0.0)
-            dz, multiplier = _step(F, v, scale, short, h, i, j)
+            dz, _ = _step(F, v, scale, short, h, i, j)
             dp = (c - p * dz) / z - p
             dq = (e + q * dz) / s - q
             speed = tl.maximum(tl.maximum(-dz / z, -dp / p), tl.maximum(dz / s, -dq / q))

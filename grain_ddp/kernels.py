@@ -48,13 +48,14 @@ def gramian(rows: Tensor) -> Tensor:
                 SHORT=_SHORT // 4 if dot else _SHORT,  # one long sum there, many short ones here
                 DOT=dot,
                 PRECISION=_precision(rows, size),
+                WIDEN=rows.device.type == "cpu",  # Triton's interpreter cannot multiply bf16
                 num_warps=8 if size > 16 else 4,
             )
     return shares.sum(0)
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    """``out[c] = weights @ rows`` for rows ``[n, c]``, summed in fp32 and rounded once.
+    """``out[c] = weights @ rows`` for rows ``[n, c]``, summed in fp32 or better and rounded once.
 
     Rows of weight zero are not read: they may hold NaN. `out` may be one of the rows.
     """
@@ -62,7 +63,8 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     if columns:
         with torch.cuda.device_of(rows):
             launch: Any = _weighted_sum[(triton.cdiv(columns, 1024),)]
-            launch(rows, rows.stride(0), weights, out, columns, n, BLOCK=1024)
+            wide = rows.dtype == torch.float64
+            launch(rows, rows.stride(0), weights, out, columns, n, BLOCK=1024, WIDE=wide)
 
 
 def _block(size: int, dot: bool) -> int:
@@ -99,6 +101,7 @@ def _gramian(
     SHORT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, N)
@@ -107,38 +110,40 @@ def _gramian(
     last = tl.minimum((program + 1) * width, columns)
     for start in range(program * width, last, SHORT):
         stop = tl.minimum(start + SHORT, last)
-        products = _products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION)
+        products = _products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION, WIDEN)
         inside = (products >= _SMALLEST) & (products <= _LARGEST)
         if tl.sum(((i == j) & (i < n) & ~inside).to(tl.int32)) == 0:
             total += products
         else:
-            total += _scaled_products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION)
+            total += _scaled_products(
+                rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION, WIDEN
+            )
     tl.store(shares + program * n * n + i * n + j, total, mask=(i < n) & (j < n))
 
 
 @triton.jit
-def _products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION):
+def _products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION, WIDEN):
     """Those of the columns from start to stop, in fp32 [N, N]."""
     if DOT:
         total = tl.zeros([N, N], tl.float32)
         for at in range(start, stop, BLOCK):
-            tile = _tile(rows, stride, n, at, stop, k, BLOCK)
+            tile = _tile(rows, stride, n, at, stop, k, BLOCK, WIDEN)
             total = tl.dot(tile, tl.trans(tile), total, input_precision=PRECISION)
         return total
     else:
         wide = tl.zeros([N, N, BLOCK], tl.float32)
         for at in range(start, stop, BLOCK):
-            tile = _tile(rows, stride, n, at, stop, k, BLOCK).to(tl.float32)
+            tile = _tile(rows, stride, n, at, stop, k, BLOCK, WIDEN).to(tl.float32)
             wide += tile[:, None, :] * tile[None, :, :]
         return tl.sum(wide, 2)
 
 
 @triton.jit
-def _scaled_products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION):
+def _scaled_products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION, WIDEN):
     """The same in fp64, of rows at any scale: each tile's rows are scaled by powers of two."""
     total = tl.zeros([N, N], tl.float64)
     for at in range(start, stop, BLOCK):
-        found = _tile(rows, stride, n, at, stop, k, BLOCK)
+        found = _tile(rows, stride, n, at, stop, k, BLOCK, WIDEN)
         tile = found.to(tl.float32)
         bits = tl.max(tl.abs(tile), 1).to(tl.int32, bitcast=True) & 0x7F800000
         # 2⁻¹²⁶ where it is zero or less; 1, where it is not finite.
@@ -156,22 +161,26 @@ def _scaled_products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION):
 
 
 @triton.jit
-def _tile(rows, stride, n, at, stop, k, BLOCK: tl.constexpr):
+def _tile(rows, stride, n, at, stop, k, BLOCK: tl.constexpr, WIDEN: tl.constexpr):
     column = at + tl.arange(0, BLOCK)
     places = rows + k.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(places, mask=(k < n)[:, None] & (column < stop)[None, :], other=0.0)
+    tile = tl.load(places, mask=(k < n)[:, None] & (column < stop)[None, :], other=0.0)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
-def _weighted_sum(rows, stride, weights, out, columns, n, BLOCK: tl.constexpr):
+def _weighted_sum(rows, stride, weights, out, columns, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    dtype = tl.float64 if WIDE else tl.float32
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], dtype)
     for first in range(0, n, 8):
         for i in tl.static_range(8):
             row = first + i
-            weight = tl.load(weights + row, mask=row < n, other=0.0).to(tl.float32)
+            weight = tl.load(weights + row, mask=row < n, other=0.0).to(dtype)
             end = tl.where(weight != 0, columns, 0)
             place = rows + tl.cast(row, tl.int64) * stride + column
             values = tl.load(place, mask=column < end, other=0.0)
-            total += weight * values.to(tl.float32)
+            total += weight * values.to(dtype)
     tl.store(out + column, total.to(out.dtype.element_ty), mask=column < columns)

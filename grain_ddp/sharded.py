@@ -18,12 +18,13 @@ from grain_ddp.aggregation import (
     SCRATCH_BYTES,
     narrow_dtype,
     record_of,
+    upper,
     weights_of,
 )
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
-from grain_ddp.weighting import Weights, uniform
+from grain_ddp.weighting import DeviceWeights, Weights, uniform
 from grain_ddp.wire import TorchWire, Transfer
 
 SLACK = 4096
@@ -118,12 +119,11 @@ class ShardedAggregation:
     def __init__(self, state: GrainState, wire: TorchWire, *, scale: float = 1.0) -> None:
         wire.agree(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
-        self._triangle = torch.triu_indices(wire.size, wire.size)
         self.drop()
 
     def drop(self) -> None:
         """Forget what is under way."""
-        self._weights: list[Weights] = []
+        self._weights: list[Weights | DeviceWeights] = []
         self._buckets: list[_Bucket] = []
         self._kept = 0  # bytes of rows that have memory of their own
 
@@ -212,28 +212,30 @@ class ShardedAggregation:
         """The weights of the pushed buckets, and their parts of the aggregate."""
         n, buckets = self.wire.size, self._buckets
         if self.state.averaging:
-            weights = uniform(n)
+            weights: Weights | DeviceWeights = uniform(n)
         else:
             total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
-            rows, columns = self._triangle
-            transfer, triangles = self.wire.sum(total[rows, columns])
+            transfer, triangles = self.wire.sum(upper(total))
             transfer.wait()
-            weights = weights_of(self.state, triangles.sum(0).cpu().numpy(), n)
+            weights = weights_of(self.state, triangles.sum(0), n)
         for bucket in buckets:
-            factors = torch.from_numpy(weights.factors(bucket.like.dtype) * self.scale)
-            factors = factors.to(bucket.like.device)
+            factors = weights.factors_for(bucket.like) * self.scale
             for piece in bucket.pieces:
                 self._reduce(piece, weights, factors, bucket.like)
             self._forward(bucket)
         self._weights.append(weights)
         self._buckets, self._kept = [], 0
 
-    def _reduce(self, piece: _Piece, weights: Weights, factors: Tensor, like: Tensor) -> None:
+    def _reduce(
+        self, piece: _Piece, weights: Weights | DeviceWeights, factors: Tensor, like: Tensor
+    ) -> None:
         rows = piece.rows
         if piece.stash:
             rows = read(piece.stash, rows).view(self.wire.size, rows.shape[1])
         if weights.dropped:
             rows[list(weights.dropped)] = 0  # 0 · NaN is NaN
+        unknown = isinstance(weights, DeviceWeights) and self.state.nonfinite == "drop"
+        if weights.dropped or unknown:
             for view in (view for views in piece.slots for view in views):
                 view.zero_()  # nor may an optimizer find one beside its own part
         result = like.new_empty(rows.shape[1])
