@@ -17,10 +17,10 @@ from torch import Tensor
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.groups import Inside, Slice, partition
 from grain_ddp.passes import Parts, Passes
-from grain_ddp.record import Array, StepRecord
+from grain_ddp.record import PendingRecord, StepRecord
 from grain_ddp.scratch import Scratch
 from grain_ddp.state import GrainState
-from grain_ddp.weighting import Weights, uniform, weigh
+from grain_ddp.weighting import DeviceWeights, Weights, uniform, weigh_tensor
 from grain_ddp.wire import TorchWire, Transfer, cut
 
 MESSAGE_BYTES = 4 << 20
@@ -38,35 +38,53 @@ def narrow_dtype(state: GrainState, buffer: Tensor) -> torch.dtype | None:
     return dtype if dtype is not None and dtype.itemsize < buffer.itemsize else None
 
 
-def weights_of(state: GrainState, triangle: Array, n: int) -> Weights:
+def upper(gramian: Tensor) -> Tensor:
+    """The upper triangle of a Gramian [n, n], flat: what travels."""
+    rows, columns = torch.triu_indices(*gramian.shape, device=gramian.device)
+    return gramian[rows, columns]
+
+
+def weights_of(state: GrainState, triangle: Tensor, n: int) -> Weights | DeviceWeights:
     """The weights that the state's options give for the upper triangle of a Gramian [n, n]."""
-    gramian = np.empty((n, n))
-    rows, columns = np.triu_indices(n)
-    gramian[rows, columns] = gramian[columns, rows] = triangle
-    return weigh(
+    rows, columns = torch.triu_indices(n, n, device=triangle.device)
+    gramian = triangle.new_empty(n, n)
+    gramian[rows, columns] = triangle
+    gramian[columns, rows] = triangle
+    return weigh_tensor(
         gramian, state.weighting, cap=state.cap, nonfinite=state.nonfinite, seed=state.step
     )
 
 
 def start_sum(wire: TorchWire, share: Tensor) -> tuple[Transfer, Tensor]:
     """Start to sum a Gramian [n, n] over the ranks: its upper triangle travels."""
-    rows, columns = torch.triu_indices(*share.shape)
-    return wire.sum(share[rows, columns])
+    return wire.sum(upper(share))
 
 
-def weights_of_sum(state: GrainState, pending: tuple[Transfer, Tensor], n: int) -> Weights:
+def weights_of_sum(
+    state: GrainState, pending: tuple[Transfer, Tensor], n: int
+) -> Weights | DeviceWeights:
     """The weights, the same on every rank, for a Gramian [n, n] whose sum was started."""
     transfer, triangles = pending
     transfer.wait()
-    return weights_of(state, triangles.sum(0).cpu().numpy(), n)
+    return weights_of(state, triangles.sum(0), n)
 
 
-def record_of(state: GrainState, buckets: list[Weights]) -> StepRecord:
+def record_of(state: GrainState, buckets: Sequence[Weights | DeviceWeights]) -> StepRecord:
     """The record of a step with these weights, one for each bucket."""
-    if state.scope == "global":
-        return StepRecord(state.step, **vars(buckets[0]))
+    step, single = state.step, state.scope == "global"
+    if single:
+        buckets = buckets[:1]
+    if any(isinstance(weights, DeviceWeights) for weights in buckets):
+        return PendingRecord(step, lambda: _record_of(step, single, buckets))
+    return _record_of(step, single, buckets)
+
+
+def _record_of(step: int, single: bool, found: Sequence[Weights | DeviceWeights]) -> StepRecord:
+    buckets = [w.read() if isinstance(w, DeviceWeights) else w for w in found]
+    if single:
+        return StepRecord(step, **vars(buckets[0]))
     return StepRecord(
-        state.step,
+        step,
         np.stack([w.gramian for w in buckets]),
         np.stack([w.weights for w in buckets]),
         np.array([w.gap for w in buckets]),
@@ -87,7 +105,7 @@ class _Bucket:
         self.pieces: list[_Piece] = []
         self.gramian = torch.zeros(size, size, dtype=torch.float64, device=buffer.device)
         self.sum = Transfer(), self.gramian
-        self.weights: Weights
+        self.weights: Weights | DeviceWeights
         self.transfer = Transfer()  # of the whole buffer, where it is simply averaged
 
 
@@ -328,8 +346,7 @@ class Aggregation:
             bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)
         if self.size == 1:
             return
-        factors = bucket.weights.factors(bucket.buffer.dtype)
-        weights = torch.from_numpy(factors).to(bucket.buffer.device)
+        weights = bucket.weights.factors_for(bucket.buffer)
         for piece in bucket.pieces:
             rows = self._matrix(piece)
             for j in bucket.weights.dropped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -11,8 +12,16 @@ from torch import Tensor
 BLOCK = 4096
 """Columns whose products are summed in fp32 before fp64 takes over."""
 
+DEVICES = {"cuda"}
+"""Types of devices that run the Triton kernels, where Triton is installed."""
+
 # Squares outside of this range have left fp32, or are about to.
 _SMALLEST, _LARGEST = 1e-30, 1e37
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether there are kernels for the tensor's device."""
+    return tensor.device.type in DEVICES and find_spec("triton") is not None
 
 
 def gramian(rows: Tensor) -> Tensor:
@@ -20,8 +29,13 @@ def gramian(rows: Tensor) -> Tensor:
 
     Products of fp32 and narrower rows are summed in fp32 over short blocks and in fp64 over the
     blocks: as fast as one fp32 matrix product, and good to 1e-7. What is left of a block is
-    done in fp64; on a CPU so are rows whose squares leave the range of fp32.
+    done in fp64; so are rows whose squares leave the range of fp32, on a CPU or by a kernel.
     """
+    if has_kernels(rows) and rows.dtype != torch.float64:
+        from grain_ddp import kernels
+
+        if len(rows) <= kernels.LARGEST:
+            return kernels.gramian(rows)
     whole = 0 if rows.dtype == torch.float64 else rows.shape[1] // BLOCK
     rest = rows[:, whole * BLOCK :].double()
     result = rest @ rest.T
@@ -42,8 +56,14 @@ def gramian(rows: Tensor) -> Tensor:
 def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     """``out[c] = weights @ rows`` for rows ``[n, c]``; out must not overlap the rows.
 
-    Accumulated in fp32 or better and rounded once to the dtype of out.
+    Accumulated in fp32 or better and rounded once to the dtype of out. Kernels do not read rows of
+    weight zero; elsewhere 0 · NaN is NaN.
     """
+    if has_kernels(rows):
+        from grain_ddp import kernels
+
+        kernels.weighted_sum(rows, weights, out)
+        return
     wide = rows if rows.dtype == torch.float64 else rows.float()
     weights = weights.to(wide.dtype)
     if out.dtype == wide.dtype:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +119,28 @@ class StepRecord:
         with np.errstate(invalid="ignore"):
             noise, signal = (small - big) / (1 - 1 / n), (n * big - small) / (n - 1)
         return float(noise / signal) if not signal <= 0 else float("inf")
+
+
+class PendingRecord(StepRecord):
+    """A record whose values are still on a GPU: read back, once, when somebody looks at one."""
+
+    def __init__(self, step: int, read: Callable[[], StepRecord]) -> None:
+        vars(self).update(step=step, _read=read)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FIELDS or "_read" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        record = vars(self)["_read"]()
+        vars(self).pop("_read")
+        vars(self).update(vars(record))
+        object.__setattr__(self, "__class__", StepRecord)  # nothing distinguishes it any more
+        return getattr(self, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepRecord, tuple(getattr(self, name) for name in _FIELDS)
+
+
+_FIELDS = tuple(field.name for field in fields(StepRecord))
 
 
 def named(groups: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> set[int]:

@@ -25,7 +25,7 @@ from grain_ddp.aggregation import (
 from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
-from grain_ddp.weighting import Weights, uniform
+from grain_ddp.weighting import DeviceWeights, Weights, uniform
 from grain_ddp.wire import TorchWire, Transfer
 
 SLACK = 4096
@@ -143,7 +143,7 @@ class ShardedAggregation:
 
     def drop(self) -> None:
         """Forget what is under way."""
-        self._weights: list[Weights] = []
+        self._weights: list[Weights | DeviceWeights] = []
         self._buckets: list[_Bucket] = []
         self._kept = 0  # bytes of rows that have memory of their own
 
@@ -234,25 +234,28 @@ class ShardedAggregation:
         """The weights of the pushed buckets, and their parts of the aggregate."""
         n, buckets = self.wire.size, self._buckets
         if self.state.averaging:
-            weights = uniform(n)
+            weights: Weights | DeviceWeights = uniform(n)
         else:
             total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
             weights = weights_of_sum(self.state, start_sum(self.wire, total), n)
         for bucket in buckets:
-            factors = torch.from_numpy(weights.factors(bucket.like.dtype) * self.scale)
-            factors = factors.to(bucket.like.device)
+            factors = weights.factors_for(bucket.like) * self.scale
             for piece in bucket.pieces:
                 self._reduce(piece, weights, factors, bucket.like)
             self._forward(bucket)
         self._weights.append(weights)
         self._buckets, self._kept = [], 0
 
-    def _reduce(self, piece: _Piece, weights: Weights, factors: Tensor, like: Tensor) -> None:
+    def _reduce(
+        self, piece: _Piece, weights: Weights | DeviceWeights, factors: Tensor, like: Tensor
+    ) -> None:
         rows = piece.rows
         if piece.stash:
             rows = read(piece.stash, rows).view(self.wire.size, rows.shape[1])
         if weights.dropped:
             rows[list(weights.dropped)] = 0  # 0 · NaN is NaN
+        unknown = isinstance(weights, DeviceWeights) and self.state.nonfinite == "drop"
+        if weights.dropped or unknown:
             for view in (view for views in piece.slots for view in views):
                 view.zero_()  # nor may an optimizer find one beside its own part
         result = like.new_empty(rows.shape[1])

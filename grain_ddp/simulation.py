@@ -39,7 +39,7 @@ def simulate(
                 share[rank] += gramian(torch.stack([g[slot] for g in bucket]))
     if state.scope == "global":
         shares = shares.sum(0, keepdim=True)
-    totals = shares.sum(1)[:, rows, columns].numpy()
+    totals = shares.sum(1)[:, rows, columns]
     weights = [weights_of(state, total, n) for total in totals] * (
         len(buckets) if state.scope == "global" else 1
     )
@@ -47,7 +47,7 @@ def simulate(
     results = []
     for found, originals, sources, pieces in zip(weights, buckets, sent, parts, strict=True):
         result = torch.empty_like(sources[0])
-        factors = torch.from_numpy(found.factors(originals[0].dtype))
+        factors = found.factors_for(originals[0])
         for slots in pieces:
             for slot in slots:
                 matrix = torch.stack([g[slot] for g in sources])

@@ -130,20 +130,24 @@ def min_norm(
             w = (w / counts)[label]
             w /= w.sum()
 
-        slope = G @ w
-        norm_squared = float(w @ slope)
-        gap = max(norm_squared - float(slope.min()), 0.0)
-        if norm_squared <= n * 4 * EPS * float(w @ r) ** 2:
-            status = Status.ZERO
-        elif exact:
-            capped = cap is not None and cap < n and w.max() >= cap / n * (1 - 8 * EPS)
-            status = Status.CAPPED if capped else Status.OPTIMAL
-        else:
-            own_gap = norm_squared - _least(slope, min(cap or n, n) / n)
-            rounding = 1e-12 * float((G.diagonal() / n).sum())
-            status = Status.ROUNDED if own_gap <= rounding else Status.STALLED
+        norm_squared, gap, status = judge(G, w, cap, exact)
     weights = w if tensor is None else torch.from_numpy(w).to(tensor.device)
     return Solution(weights, norm_squared, gap, iterations, status)
+
+
+def judge(G: Array, w: Array, cap: float | None, exact: bool) -> tuple[float, float, Status]:
+    """wᵀGw, the gap and the status of weights; `exact`: optimal by the solver's own conditions."""
+    n, slope = len(G), G @ w
+    norm_squared = float(w @ slope)
+    gap = max(norm_squared - float(slope.min()), 0.0)
+    if norm_squared <= n * 4 * EPS * float(w @ np.sqrt(np.maximum(G.diagonal(), 0.0))) ** 2:
+        return norm_squared, gap, Status.ZERO
+    if exact:
+        capped = cap is not None and cap < n and w.max() >= cap / n * (1 - 8 * EPS)
+        return norm_squared, gap, Status.CAPPED if capped else Status.OPTIMAL
+    own_gap = norm_squared - _least(slope, min(cap or n, n) / n)
+    rounding = 1e-12 * float((G.diagonal() / n).sum())
+    return norm_squared, gap, Status.ROUNDED if own_gap <= rounding else Status.STALLED
 
 
 def _least(slope: Array, bound: float) -> float:

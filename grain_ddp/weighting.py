@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from grain_ddp.gramian import has_kernels
 from grain_ddp.record import Array
-from grain_ddp.solver import min_norm
+from grain_ddp.solver import judge, min_norm
 
+Indices = NDArray[np.intp]
 Weighting = str | Callable[[Tensor], Tensor]
 """A name in `RULES`, or a callable from a float64 CPU Gramian ``[n, n]`` to weights ``[n]``."""
 
@@ -42,6 +45,46 @@ class Weights:
             square, largest = weights @ gramian @ weights, np.diagonal(gramian).max(initial=0.0)
             zero = square <= (4 * eps) ** 2 * largest
         return np.zeros_like(self.weights) if zero else self.weights
+
+    def factors_for(self, gradient: Tensor) -> Tensor:
+        """The factors for gradients like this one, on its device; the host does not wait."""
+        factors = torch.from_numpy(self.factors(gradient.dtype))
+        if gradient.device.type == "cuda":  # a copy from pageable memory would wait
+            factors = factors.pin_memory()
+        return factors.to(gradient.device, non_blocking=True)
+
+
+class DeviceWeights:
+    """Weights that were found on the GPU and are still there: `read` gives the `Weights`."""
+
+    dropped = ()  # their factors are zero, and the kernel leaves out such rows
+
+    def __init__(self, gramian: Tensor, rule: str, cap: float | None, nonfinite: str) -> None:
+        from grain_ddp.kernel_solver import weights_on_device
+
+        self._gramian, self._rule, self._cap, self._nonfinite = gramian, rule, cap, nonfinite
+        self._found = weights_on_device(gramian, rule, cap, nonfinite == "drop")
+        self._ready: torch.cuda.Event | None = None
+        if gramian.device.type == "cuda":
+            self._ready = torch.cuda.current_stream(gramian.device).record_event()
+
+    def factors_for(self, gradient: Tensor) -> Tensor:
+        """The factors for gradients like this one."""
+        n, wide = len(self._gramian), gradient.dtype == torch.float64
+        return self._found[2 * n : 3 * n] if wide else self._found[n : 2 * n]
+
+    def read(self) -> Weights:
+        """The weights on the CPU. Waits for the step that made them, not for what came later."""
+        gramian = to_host(self._gramian, self._ready).numpy()
+        found = to_host(self._found, self._ready).numpy()
+
+        def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+            weights = found[active]
+            if self._rule != "min_norm":
+                return weights, self._rule
+            return weights, str(judge(inner, weights, self._cap, bool(found[-1]))[2])
+
+        return _weigh(gramian, self._rule, self._nonfinite, rule)
 
 
 def uniform(n: int) -> Weights:
@@ -94,6 +137,61 @@ def weigh(
     Raises:
         ValueError: a callable did not return one finite weight per group.
     """
+
+    def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+        if callable(weighting):
+            return _call(weighting, inner, seed), "custom"
+        return RULES[weighting](inner, cap)
+
+    return _weigh(gramian, weighting, nonfinite, rule)
+
+
+def weigh_tensor(
+    gramian: Tensor,
+    weighting: Weighting,
+    *,
+    cap: float | None = None,
+    nonfinite: str = "propagate",
+    seed: int = 0,
+) -> Weights | DeviceWeights:
+    """`weigh`, of a Gramian on any device.
+
+    On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
+    wait. Else the Gramian is copied to the CPU, and the host waits for it.
+    """
+    if has_kernels(gramian) and not callable(weighting):
+        from grain_ddp.kernel_solver import LARGEST
+
+        if len(gramian) <= LARGEST:
+            return DeviceWeights(gramian, weighting, cap, nonfinite)
+    host = to_host(gramian).numpy()
+    return weigh(host, weighting, cap=cap, nonfinite=nonfinite, seed=seed)
+
+
+def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:
+    """The tensor on the CPU. On a GPU the host waits for `ready`, or for the current stream so far.
+
+    A stream of its own, so that what is queued later is not waited for.
+    """
+    if tensor.device.type != "cuda":
+        return tensor
+    ready = ready or torch.cuda.current_stream(tensor.device).record_event()
+    stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        stream.record_event().synchronize()
+    return host
+
+
+def _weigh(
+    gramian: Array,
+    weighting: Weighting,
+    nonfinite: str,
+    rule: Callable[[Array, Indices], tuple[Array, str]],
+) -> Weights:
+    """By a rule that sees the Gramian of the groups that count, and which they are."""
     n = len(gramian)
     squares = np.diagonal(gramian)
     finite = np.isfinite(squares)
@@ -115,10 +213,7 @@ def weigh(
     if not len(active):
         return Weights(gramian, weights, "zero: every gradient is zero", (), dropped, 0.0)
     inner = gramian if len(active) == n else gramian[np.ix_(active, active)]
-    if callable(weighting):
-        weights[active], status = _call(weighting, inner, seed), "custom"
-    else:
-        weights[active], status = RULES[weighting](inner, cap)
+    weights[active], status = rule(inner, active)
     products = inner @ weights[active]
     gap = float(weights[active] @ products - products.min())
     return Weights(gramian, weights, status, tuple(active.tolist()), dropped, max(gap, 0.0))

@@ -11,7 +11,8 @@ PACKAGE = Path(grain_ddp.__file__).parent
 
 # Each module may import from the layers above its own line, and from its own where that is said.
 LAYERS = [
-    {"solver", "record", "gramian", "scratch"},  # mathematics, and memory
+    {"solver", "record", "kernels", "kernel_solver", "scratch"},  # mathematics, and memory
+    {"gramian"},
     {"weighting"},
     {"wire"},  # what moves
     {"state", "groups", "passes"},  # options; what forms a row
@@ -24,8 +25,8 @@ LAYERS = [
     {"__init__"},
     {"__main__"},
 ]
-MATHEMATICS = {"solver", "record", "gramian", "weighting"}
-DISTRIBUTED = {
+MATHEMATICS = {"solver", "record", "kernels", "kernel_solver", "gramian", "weighting"}
+DISTRIBUTED = {  # may name torch.distributed
     "wire",
     "state",
     "ddp",
@@ -33,7 +34,7 @@ DISTRIBUTED = {
     "deepspeed",
     "sinks",
     "doctor",
-}  # may name torch.distributed
+}
 
 
 def imports(module: str) -> set[str]:
@@ -74,7 +75,7 @@ def test_the_wire_and_the_mathematics_meet_in_the_aggregation_only() -> None:
 
 def test_importing_the_package_imports_nothing_optional() -> None:
     optional = ["deepspeed", "mpi4py", "matplotlib", "sklearn", "scipy", "torch._dynamo"]
-    optional += ["tensorboard", "wandb"]
+    optional += ["tensorboard", "wandb", "triton"]
     code = f"import sys, grain_ddp; print([m for m in {optional} if m in sys.modules])"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
