@@ -20,7 +20,7 @@ from grain_ddp.gramian import gramian, weighted_sum
 from grain_ddp.record import Array, StepRecord
 from grain_ddp.state import GrainState
 from grain_ddp.weighting import Weights, uniform, weigh
-from grain_ddp.wire import TorchWire, Transfer
+from grain_ddp.wire import Transfer, Wire
 
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
@@ -142,7 +142,7 @@ class Aggregation:
     arrived, so that all ranks issue the same messages in the same order.
     """
 
-    def __init__(self, state: GrainState, wire: TorchWire) -> None:
+    def __init__(self, state: GrainState, wire: Wire) -> None:
         wire.agree(state.agreed())
         self.state, self.wire = state, wire
         self._stream: torch.cuda.Stream | None = None

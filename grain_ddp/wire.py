@@ -1,8 +1,9 @@
-"""What moves: one primitive, an all-to-all of views, over a torch process group."""
+"""What moves: one primitive, an all-to-all of views; and its form over a torch process group."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,63 @@ class Transfer:
         self._works = self._tensors = ()
 
 
-class TorchWire:
+def extremes_of(value: str) -> list[int]:
+    """Two numbers, whose maxima over the ranks add up to 0 if all ranks have the same text."""
+    digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
+    return [digest, -digest]
+
+
+class Wire(ABC):
+    """What an aggregation needs of its ranks: which one this is, of how many, and messages."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
+        """Send ``send[j]`` to rank j and receive ``receive[j]`` from it, asynchronously.
+
+        All are contiguous, of one dtype, of any length; lengths agree pair by pair. Entries of
+        this rank itself are ignored, empty ones are not sent.
+        """
+
+    @abstractmethod
+    def all_reduce(self, values: Tensor) -> Transfer:
+        """Start the backend's own sum over the ranks, in place."""
+
+    @abstractmethod
+    def same(self, value: str, device: torch.device) -> bool:
+        """Whether all ranks pass the same text; the same answer on all of them."""
+
+    @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+
+    def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:
+        """Start summing ``values`` [m] over the ranks: a transfer, and what it fills: ``[k, m]``.
+
+        The sum of its k rows is the same on every rank, bit by bit.
+        """
+        if self.size > _GATHER_LIMIT:
+            return self.all_reduce(values), values[None]
+        rows = values.new_empty(self.size, len(values))
+        rows[self.rank] = values
+        return self.exchange([values] * self.size, list(rows)), rows
+
+    def agree(self, values: Mapping[str, Any]) -> None:
+        """Raise a ValueError on every rank unless all ranks pass equal values."""
+        every = self.gather_objects(dict(values))
+        for name in sorted({name for ranks in every for name in ranks}):
+            found = [ranks.get(name) for ranks in every]
+            if any(value != found[0] for value in found):
+                detail = ", ".join(f"rank {j}: {value!r}" for j, value in enumerate(found))
+                raise ValueError(
+                    f"grain_ddp: {name} must be the same on every rank, but it is {detail} "
+                    f"(this is rank {self.rank}). Make the ranks agree and start again."
+                )
+
+
+class TorchWire(Wire):
     """The ranks of a torch process group: gloo or MPI on CPUs, NCCL and its like on GPUs."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -54,11 +111,6 @@ class TorchWire:
         self._tag = 0
 
     def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
-        """Send ``send[j]`` to rank j and receive ``receive[j]`` from it, asynchronously.
-
-        All are contiguous, of one dtype, of any length; lengths agree pair by pair. Entries of
-        this rank itself are ignored, empty ones are not sent.
-        """
         self._tag = (self._tag + 1) % _TAGS
         tensors = [*send, *receive]
         if self.size == 1:
@@ -86,45 +138,18 @@ class TorchWire:
         works += [self.group.send([send[j]], j, tag) for j in peers if send[j].numel()]
         return works
 
-    def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:
-        """Start summing ``values`` [m] over the ranks: a transfer, and what it fills: ``[k, m]``.
-
-        The sum of its k rows is the same on every rank, bit by bit.
-        """
-        if self.size > _GATHER_LIMIT:
-            return self.all_reduce(values), values[None]
-        rows = values.new_empty(self.size, len(values))
-        rows[self.rank] = values
-        return self.exchange([values] * self.size, list(rows)), rows
-
     def all_reduce(self, values: Tensor) -> Transfer:
-        """Start the backend's own sum over the ranks, in place."""
         if self.size == 1:
             return Transfer()
         return Transfer([dist.all_reduce(values, group=self.group, async_op=True)], [values])
 
-    def agree(self, values: Mapping[str, Any]) -> None:
-        """Raise a ValueError on every rank unless all ranks pass equal values."""
-        every = self.gather_objects(dict(values))
-        for name in sorted({name for ranks in every for name in ranks}):
-            found = [ranks.get(name) for ranks in every]
-            if any(value != found[0] for value in found):
-                detail = ", ".join(f"rank {j}: {value!r}" for j, value in enumerate(found))
-                raise ValueError(
-                    f"grain_ddp: {name} must be the same on every rank, but it is {detail} "
-                    f"(this is rank {self.rank}). Make the ranks agree and start again."
-                )
-
     def same(self, value: str, device: torch.device) -> bool:
-        """Whether all ranks pass the same text; the same answer on all of them."""
-        digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
-        extremes = torch.tensor([digest, -digest], device=device)
+        extremes = torch.tensor(extremes_of(value), device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
         largest, smallest = extremes.tolist()
         return bool(largest == -smallest)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, value, group=self.group)
         return every
