@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from grain_ddp.aggregation import Aggregation
 from grain_ddp.record import StepRecord
@@ -73,9 +74,10 @@ def reduce_gradient(
         raise ValueError(f"grain_ddp: this GrainState {use} (seen on rank {wire.rank}).")
     if state._runtime is None:
         state._runtime = Aggregation(state, wire)
+    aggregation: Aggregation = state._runtime
     with torch.no_grad():
-        state._runtime.push(torch.from_numpy(array.reshape(-1)))
-        return state._runtime.finish()
+        aggregation.push(torch.from_numpy(array.reshape(-1)))
+        return aggregation.finish()
 
 
 def _world() -> MPI.Intracomm:
@@ -155,7 +157,8 @@ class MpiWire(Wire):
         return bool(extremes.sum() == 0)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return self.comm.allgather(value)
+        every: list[Any] = self.comm.allgather(value)
+        return every
 
 
 def _bytes(values: Tensor) -> NDArray[np.uint8]:
@@ -163,7 +166,7 @@ def _bytes(values: Tensor) -> NDArray[np.uint8]:
     return array
 
 
-def _sum_of_halves(a: MPI.buffer, b: MPI.buffer, _: MPI.Datatype) -> None:
+def _sum_of_halves(a: Any, b: Any, _: MPI.Datatype) -> None:
     total = np.frombuffer(b, np.float16)
     np.add(np.frombuffer(a, np.float16), total, out=total)
 
@@ -188,13 +191,14 @@ _KEY = MPI.Comm.Create_keyval(delete_fn=_free)
 
 def _attached(comm: MPI.Intracomm) -> tuple[MpiWire, GrainState]:
     """The communicator's own copy, for messages that cannot meet the program's; and its state."""
-    found: _Attached | None = comm.Get_attr(_KEY)
+    found: Any = comm.Get_attr(_KEY)
     if found is None:
         if comm.Is_inter():
             raise ValueError("grain_ddp: expected an intracommunicator, but found one between two.")
         found = _Attached(MpiWire(comm.Dup()), GrainState())
         comm.Set_attr(_KEY, found)
-    return found.wire, found.state
+    attached: _Attached = found
+    return attached.wire, attached.state
 
 
 def init_process_group(backend: str | None = None, **options: Any) -> None:
@@ -220,7 +224,7 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
     store = addresses = None
     if world.rank == 0:
         # The store itself takes the port, so that nobody else can.
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         alone = host.size == world.size
         given = os.environ.get("MASTER_ADDR")
         addresses = [given] if given else ["127.0.0.1"] if alone else _addresses()
@@ -236,7 +240,7 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
         )
     address = addresses[int(reached.argmax())]
     if store is None:
-        store = dist.TCPStore(address, port, is_master=False)
+        store = TCPStore(address, port, is_master=False)
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
@@ -246,9 +250,7 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
         MASTER_PORT=str(port),
     )
     host.Free()
-    dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.size, **options
-    )
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, **options)
 
 
 def _addresses() -> list[str]:
