@@ -61,12 +61,13 @@ def measure(length: int, rounds: int) -> None:
             if round_:  # the first warms up
                 times[name].append(time.perf_counter() - start)
     if comm.rank == 0:
-        version = ".".join(map(str, MPI.get_vendor()[1]))
+        library, version = MPI.get_vendor()
+        library += " " + ".".join(map(str, version))
         for name, found in times.items():
-            low, middle, high = np.percentile(np.divide(found, times["Allreduce"]), [25, 50, 75])
+            low, ratio, high = np.percentile(np.divide(found, times["Allreduce"]), [25, 50, 75])
             print(
-                f"| {MPI.get_vendor()[0]} {version} | {n} | {name} | {1e3 * np.median(found):.1f} | "
-                f"{middle:.2f} | {low:.2f} to {high:.2f} |"
+                f"| {library} | {n} | {name} | {1e3 * np.median(found):.1f} | "
+                f"{ratio:.2f} | {low:.2f} to {high:.2f} |"
             )
 
 
