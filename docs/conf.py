@@ -11,6 +11,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
+autodoc_mock_imports = ["mpi4py"]  # the site is built without MPI
+
 default_role = "py:obj"  # `name` in a docstring is a link where there is a page for it
 
 autodoc_member_order = "bysource"

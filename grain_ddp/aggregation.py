@@ -21,7 +21,7 @@ from grain_ddp.record import PendingRecord, StepRecord
 from grain_ddp.scratch import Scratch
 from grain_ddp.state import GrainState
 from grain_ddp.weighting import DeviceWeights, Weights, uniform, weigh_tensor
-from grain_ddp.wire import TorchWire, Transfer, cut
+from grain_ddp.wire import Transfer, Wire, cut
 
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
@@ -55,7 +55,7 @@ def weights_of(state: GrainState, triangle: Tensor, n: int) -> Weights | DeviceW
     )
 
 
-def start_sum(wire: TorchWire, share: Tensor) -> tuple[Transfer, Tensor]:
+def start_sum(wire: Wire, share: Tensor) -> tuple[Transfer, Tensor]:
     """Start to sum a Gramian [n, n] over the ranks: its upper triangle travels."""
     return wire.sum(upper(share))
 
@@ -145,7 +145,7 @@ class Aggregation:
     arrived, so that all ranks issue the same messages in the same order.
     """
 
-    def __init__(self, state: GrainState, wire: TorchWire) -> None:
+    def __init__(self, state: GrainState, wire: Wire) -> None:
         wire.agree(state.agreed())
         groups = partition(state.groups, wire)
         position = next(group for group in groups if wire.rank in group).index(wire.rank)

@@ -25,6 +25,7 @@ from grain_ddp.state import GrainState
 EXTRAS = {  # distribution: what it is for
     "matplotlib": "pictures of `grain-ddp report`: pip install 'grain-ddp[plot]'",
     "tensorboard": "the TensorBoard sink: pip install 'grain-ddp[tensorboard]'",
+    "mpi4py": "gradients over MPI: pip install 'grain-ddp[mpi]'",
     "wandb": "the Weights & Biases sink: pip install 'grain-ddp[wandb]'",
 }
 VARIABLES = (

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from grain_ddp.gramian import weighted_sum
 from grain_ddp.scratch import Scratch
-from grain_ddp.wire import TorchWire, Transfer, cut
+from grain_ddp.wire import Transfer, Wire, cut
 
 
-def partition(groups: str | int | Sequence[Sequence[int]], wire: TorchWire) -> list[list[int]]:
+def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[list[int]]:
     """The groups that the option of that name stands for: lists of ranks, equally long.
 
     Raises:
@@ -62,7 +62,7 @@ class Slice:
 class Inside:
     """The mean inside a group: `start`, `reduce`, and when the slice has its result, `gather`."""
 
-    def __init__(self, wire: TorchWire) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.drop()
 

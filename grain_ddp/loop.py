@@ -13,7 +13,7 @@ from grain_ddp.aggregation import Aggregation
 from grain_ddp.packing import flatten, packs
 from grain_ddp.record import StepRecord
 from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire, default_group
+from grain_ddp.wire import TorchWire, Wire, default_group
 
 BUCKET_BYTES = 25 << 20
 """Gradients smaller than this are copied together into buckets of this size, as DDP does."""
@@ -62,7 +62,7 @@ def _alone() -> bool:
     return not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
-def _fill_missing(trained: list[Tensor], wire: TorchWire) -> None:
+def _fill_missing(trained: list[Tensor], wire: Wire) -> None:
     """Give zeros to what has a gradient on some rank only; see that the ranks fit together."""
     layout = [(tuple(p.shape), str(p.dtype if p.grad is None else p.grad.dtype)) for p in trained]
     layouts = [None if p.grad is None else p.grad.layout for p in trained]

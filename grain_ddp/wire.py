@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -37,16 +39,32 @@ class Transfer:
     """Messages under way. `wait` returns when all have been sent and received.
 
     On a CPU it blocks, at most for the process group's timeout; on a GPU it makes the current
-    stream wait. The tensors are kept alive until then.
+    stream wait. The tensors are kept alive until then. ``peers[k]`` is the rank at the other end
+    of ``works[k]``, where there is one.
     """
 
-    def __init__(self, works: Sequence[dist.Work] = (), tensors: Sequence[Tensor] = ()) -> None:
-        self._works, self._tensors = works, tensors
+    def __init__(
+        self,
+        works: Sequence[dist.Work] = (),
+        tensors: Sequence[Tensor] = (),
+        peers: Sequence[int] = (),
+    ) -> None:
+        self._works, self._tensors, self._peers = works, tensors, peers
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works = self._tensors = ()
+        """RuntimeError, with the backend's own as its cause, if another rank is lost."""
+        for k, work in enumerate(self._works):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                lost = f"rank {self._peers[k]}" if self._peers else "another rank"
+                raise RuntimeError(
+                    f"grain_ddp: lost the connection to {lost}: it has died or hangs, or the "
+                    "network is cut. No parameter of this rank has changed in this step. Look for "
+                    "the first error of all ranks, and resume from a checkpoint. "
+                    f"The backend says: {error}"
+                ) from error
+        self._works = self._tensors = self._peers = ()
 
 
 def cut(length: int, n: int, message: int) -> list[list[slice]]:
@@ -66,30 +84,31 @@ def cut(length: int, n: int, message: int) -> list[list[slice]]:
     return pieces
 
 
-class TorchWire:
-    """The ranks of a torch process group: gloo or MPI on CPUs, NCCL and its like on GPUs.
+def extremes_of(value: str) -> list[int]:
+    """Two numbers, whose maxima over the ranks add up to 0 if all ranks have the same text."""
+    digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
+    return [digest, -digest]
 
-    `rank` and `size` are those of an exchange, which is among all ranks of the group, or among
-    those that `among` chose; everything else is over all of the group.
+
+class Wire(ABC):
+    """What an aggregation needs of its ranks: which one this is, of how many, and messages.
+
+    An exchange is among ``ranks``, of which this one is number ``rank`` of ``size``: all of them,
+    or those that `among` chose. Everything else is over the ``whole``.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group  # None: this process alone, without torch.distributed
-        self.rank, self.size = (group.rank(), group.size()) if group else (0, 1)
-        self.ranks: Sequence[int] = range(self.size)
-        self.whole = self
-        self._exchanging: dist.ProcessGroup | None = group  # None: to be made, on GPUs
-        self._tag = self._first_tag = _FIRST_TAG
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.ranks: Sequence[int] = range(size)
+        self.whole: Wire = self
 
-    def among(self, ranks: Sequence[int], space: int) -> TorchWire:
-        """The same wire, whose exchanges are among some ranks of the group, this one included.
+    def among(self, ranks: Sequence[int], space: int) -> Wire:
+        """The same wire, whose exchanges are among some of the ranks, this one included.
 
         Wires that share a pair of ranks need another `space` each: 1 or 2.
         """
-        wire = TorchWire(self.group)
+        wire = copy.copy(self)
         wire.rank, wire.size, wire.ranks = ranks.index(self.rank), len(ranks), ranks
-        wire.whole, wire._exchanging = self, None
-        wire._tag = wire._first_tag = _FIRST_TAG + space * _TAGS
         return wire
 
     def host(self) -> tuple[str, ...]:
@@ -101,46 +120,25 @@ class TorchWire:
             marks.append(str(os.stat("/proc/self/ns/net").st_ino))
         return tuple(marks)
 
+    @abstractmethod
     def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
         """Send ``send[j]`` to rank j and receive ``receive[j]`` from it, asynchronously.
 
         All are contiguous, of one dtype, of any length; lengths agree pair by pair. Entries of
         this rank itself are ignored, empty ones are not sent.
         """
-        self._tag = self._first_tag + (self._tag + 1 - self._first_tag) % _TAGS
-        tensors = [*send, *receive]
-        if self.size == 1:
-            return Transfer()
-        if tensors[0].device.type == "cpu":
-            return Transfer(self._pairwise(send, receive, self._tag), tensors)
-        if self._exchanging is None:
-            assert self.group is not None
-            members = [dist.get_global_rank(self.group, rank) for rank in self.ranks]
-            self._exchanging = dist.new_group(members, use_local_synchronization=True)
-        empty = tensors[0].new_empty(0)
-        work = dist.all_to_all(
-            [empty if j == self.rank else t for j, t in enumerate(receive)],
-            [empty if j == self.rank else t for j, t in enumerate(send)],
-            group=self._exchanging,
-            async_op=True,
-        )
-        return Transfer([work], tensors)
 
-    def _pairwise(
-        self, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int
-    ) -> list[dist.Work]:
-        # On gloo, pairs of messages take half of the time of its own all_to_all and all_gather.
-        # Starting with the next rank spreads the ranks over the links.
-        peers = [(self.rank + k) % self.size for k in range(1, self.size)]
-        group = self.group
-        assert group is not None
-        works = [
-            group.recv([receive[j]], self.ranks[j], tag)
-            for j in reversed(peers)
-            if receive[j].numel()
-        ]
-        works += [group.send([send[j]], self.ranks[j], tag) for j in peers if send[j].numel()]
-        return works
+    @abstractmethod
+    def all_reduce(self, values: Tensor) -> Transfer:
+        """Start the backend's own sum over the ranks, in place."""
+
+    @abstractmethod
+    def same(self, value: str, device: torch.device) -> bool:
+        """Whether all ranks pass the same text; the same answer on all of them."""
+
+    @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
 
     def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:
         """Start summing ``values`` [m] over the ranks: a transfer, and what it fills: ``[k, m]``.
@@ -154,12 +152,6 @@ class TorchWire:
         rows[whole.rank] = values
         return whole.exchange([values] * whole.size, list(rows)), rows
 
-    def all_reduce(self, values: Tensor) -> Transfer:
-        """Start the backend's own sum over the ranks, in place."""
-        if self.whole.size == 1:
-            return Transfer()
-        return Transfer([dist.all_reduce(values, group=self.group, async_op=True)], [values])
-
     def agree(self, values: Mapping[str, Any]) -> None:
         """Raise a ValueError on every rank unless all ranks pass equal values."""
         every = self.gather_objects(dict(values))
@@ -172,18 +164,77 @@ class TorchWire:
                     f"(this is rank {self.whole.rank}). Make the ranks agree and start again."
                 )
 
+
+class TorchWire(Wire):
+    """The ranks of a torch process group: gloo or MPI on CPUs, NCCL and its like on GPUs."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Without a group: this process alone, without torch.distributed."""
+        super().__init__(*((group.rank(), group.size()) if group else (0, 1)))
+        self.group = group
+        self._exchanging: dist.ProcessGroup | None = group  # None: to be made, on GPUs
+        self._tag = self._first_tag = _FIRST_TAG
+
+    def among(self, ranks: Sequence[int], space: int) -> Wire:
+        wire = super().among(ranks, space)
+        assert isinstance(wire, TorchWire)
+        wire._exchanging = None
+        wire._tag = wire._first_tag = _FIRST_TAG + space * _TAGS
+        return wire
+
+    def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
+        self._tag = self._first_tag + (self._tag + 1 - self._first_tag) % _TAGS
+        tensors = [*send, *receive]
+        if self.size == 1:
+            return Transfer()
+        assert self.group is not None
+        if tensors[0].device.type == "cpu":
+            works = self._pairwise(self.group, send, receive)
+            return Transfer([work for work, _ in works], tensors, [peer for _, peer in works])
+        if self._exchanging is None:
+            members = [dist.get_global_rank(self.group, rank) for rank in self.ranks]
+            self._exchanging = dist.new_group(members, use_local_synchronization=True)
+        empty = tensors[0].new_empty(0)
+        work = dist.all_to_all(
+            [empty if j == self.rank else t for j, t in enumerate(receive)],
+            [empty if j == self.rank else t for j, t in enumerate(send)],
+            group=self._exchanging,
+            async_op=True,
+        )
+        return Transfer([work], tensors)
+
+    def _pairwise(
+        self, group: dist.ProcessGroup, send: Sequence[Tensor], receive: Sequence[Tensor]
+    ) -> list[tuple[dist.Work, int]]:
+        """Each message with the rank at its other end."""
+        # On gloo, pairs of messages take half of the time of its own all_to_all and all_gather.
+        # Starting with the next rank spreads the ranks over the links.
+        peers = [(self.rank + k) % self.size for k in range(1, self.size)]
+        works = []
+        for j in reversed(peers):
+            if receive[j].numel():
+                rank = self.ranks[j]
+                works.append((group.recv([receive[j]], rank, self._tag), rank))
+        for j in peers:
+            if send[j].numel():
+                rank = self.ranks[j]
+                works.append((group.send([send[j]], rank, self._tag), rank))
+        return works
+
+    def all_reduce(self, values: Tensor) -> Transfer:
+        if self.whole.size == 1:
+            return Transfer()
+        return Transfer([dist.all_reduce(values, group=self.group, async_op=True)], [values])
+
     def same(self, value: str, device: torch.device) -> bool:
-        """Whether all ranks pass the same text; the same answer on all of them."""
         if self.whole.size == 1:
             return True
-        digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
-        extremes = torch.tensor([digest, -digest], device=device)
+        extremes = torch.tensor(extremes_of(value), device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
         largest, smallest = extremes.tolist()
         return bool(largest == -smallest)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
         if self.whole.size == 1:
             return [value]
         every: list[Any] = [None] * self.whole.size

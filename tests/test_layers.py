@@ -19,7 +19,13 @@ LAYERS = [
     {"aggregation"},  # the only place where both meet
     {"sharded", "packing"},  # the same without its gather; many gradients as few buffers
     {"sinks"},  # where records go
-    {"simulation", "ddp", "loop", "deepspeed"},  # integrations, which do not import each other
+    {
+        "simulation",
+        "ddp",
+        "loop",
+        "deepspeed",
+        "mpi",
+    },  # integrations, which do not import each other
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
@@ -32,6 +38,7 @@ DISTRIBUTED = {  # may name torch.distributed
     "ddp",
     "loop",
     "deepspeed",
+    "mpi",
     "sinks",
     "doctor",
 }
