@@ -33,16 +33,32 @@ class Transfer:
     """Messages under way. `wait` returns when all have been sent and received.
 
     On a CPU it blocks, at most for the process group's timeout; on a GPU it makes the current
-    stream wait. The tensors are kept alive until then.
+    stream wait. The tensors are kept alive until then. ``peers[k]`` is the rank at the other end
+    of ``works[k]``, where there is one.
     """
 
-    def __init__(self, works: Sequence[dist.Work] = (), tensors: Sequence[Tensor] = ()) -> None:
-        self._works, self._tensors = works, tensors
+    def __init__(
+        self,
+        works: Sequence[dist.Work] = (),
+        tensors: Sequence[Tensor] = (),
+        peers: Sequence[int] = (),
+    ) -> None:
+        self._works, self._tensors, self._peers = works, tensors, peers
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works = self._tensors = ()
+        """RuntimeError, with the backend's own as its cause, if another rank is lost."""
+        for k, work in enumerate(self._works):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                lost = f"rank {self._peers[k]}" if self._peers else "another rank"
+                raise RuntimeError(
+                    f"grain_ddp: lost the connection to {lost}: it has died or hangs, or the "
+                    "network is cut. No parameter of this rank has changed in this step. Look for "
+                    "the first error of all ranks, and resume from a checkpoint. "
+                    f"The backend says: {error}"
+                ) from error
+        self._works = self._tensors = self._peers = ()
 
 
 class TorchWire:
@@ -64,7 +80,8 @@ class TorchWire:
         if self.size == 1:
             return Transfer()
         if tensors[0].device.type == "cpu":
-            return Transfer(self._pairwise(send, receive, _FIRST_TAG + self._tag), tensors)
+            works = self._pairwise(send, receive, _FIRST_TAG + self._tag)
+            return Transfer([work for work, _ in works], tensors, [peer for _, peer in works])
         empty = tensors[0].new_empty(0)
         work = dist.all_to_all(
             [empty if j == self.rank else t for j, t in enumerate(receive)],
@@ -76,14 +93,14 @@ class TorchWire:
 
     def _pairwise(
         self, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int
-    ) -> list[dist.Work]:
+    ) -> list[tuple[dist.Work, int]]:
+        """Each message with the rank at its other end."""
         # On gloo, pairs of messages take half of the time of its own all_to_all and all_gather.
         # Starting with the next rank spreads the ranks over the links.
         peers = [(self.rank + k) % self.size for k in range(1, self.size)]
-        works = [
-            self.group.recv([receive[j]], j, tag) for j in reversed(peers) if receive[j].numel()
-        ]
-        works += [self.group.send([send[j]], j, tag) for j in peers if send[j].numel()]
+        received = [j for j in reversed(peers) if receive[j].numel()]
+        works = [(self.group.recv([receive[j]], j, tag), j) for j in received]
+        works += [(self.group.send([send[j]], j, tag), j) for j in peers if send[j].numel()]
         return works
 
     def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:
