@@ -1,7 +1,7 @@
 """Several hosts: network namespaces with links of their own, processes that find each other by TCP.
 
-What holds on one host holds across them; and a rank, a link or a host that is lost ends a run with
-an error, or, under torchrun, with the same parameters as if nothing had happened.
+What holds on one host holds across them; and when a rank or a link is lost, every rank that is left
+gets an error in time, with the parameters of the last complete step.
 """
 
 from __future__ import annotations
@@ -12,45 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cluster_in_a_box import Cluster, Unavailable
+from boxes import BOX, DEADLINE, unavailable, until
+from cluster_in_a_box import Cluster
 
 TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-BOX = [sys.executable, str(ROOT / "launch" / "cluster_in_a_box.py")]
 TIMEOUT = 5.0  # seconds, of the process group
-DEADLINE = 90.0
-os.environ["PYTHONPATH"] = str(ROOT)  # for the processes on the hosts
-
-
-@cache
-def unavailable() -> str:
-    try:
-        with Cluster(1) as cluster:
-            subprocess.run(["true"], check=True, timeout=DEADLINE)
-            status = cluster.start(0, ["true"]).wait(DEADLINE)
-            return f"a command on a host ended with status {status}" if status else ""
-    except Unavailable as error:
-        return str(error)
 
 
 @pytest.fixture(autouse=True)
 def _needs_root(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("root") and unavailable():
         pytest.skip(unavailable())
-
-
-def until(what: Callable[[], Any], deadline: float = DEADLINE) -> None:
-    end = time.monotonic() + deadline
-    while not what():
-        assert time.monotonic() < end, "it has not happened by the deadline"
-        time.sleep(0.05)
 
 
 def launch(
@@ -157,66 +133,6 @@ def test_a_link_that_comes_back(tmp_path: Path) -> None:
     assert [found[rank] for rank in (0, 1)] == [
         {"host": host, "step": 20, "same": True} for host in (0, 1)
     ]
-
-
-def example(checkpoint: Path, steps: int) -> list[str]:
-    keep_alive = (
-        "keep_alive_interval=1,keep_alive_max_attempt=3"  # how soon an agent counts as lost
-    )
-    command = ["torchrun", "--max-restarts=3", f"--rdzv-conf={keep_alive}"]
-    command += [str(ROOT / "examples" / "cluster.py"), "--timeout", "20", "--every", "100"]
-    return [*command, "--steps", str(steps), "--checkpoint", str(checkpoint)]
-
-
-def ranks_on(cluster: Cluster, host: int) -> list[int]:
-    """The processes of the training itself, not torchrun's."""
-    found = []
-    for pid in cluster.processes(host):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if words[1:2] == [b"-u"] and b"cluster.py" in words[2]:
-            found.append(pid)
-    return found
-
-
-@pytest.mark.root
-def test_torchrun_resumes_with_the_same_trajectory(tmp_path: Path) -> None:
-    steps = 2500
-    whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
-    subprocess.run([*BOX, *example(whole, steps)], check=True, timeout=DEADLINE)
-
-    def saved() -> int:
-        return torch.load(broken, weights_only=True)["grain"]["step"] if broken.exists() else 0
-
-    command = example(broken, steps)
-    with Cluster(2) as cluster, (tmp_path / "log").open("w+") as log:
-        agents = [cluster.start(i, command, stdout=log, stderr=log) for i in range(2)]
-        until(lambda: saved() >= 200)
-        os.kill(ranks_on(cluster, 1)[0], signal.SIGKILL)
-        at = saved()
-        until(lambda: saved() >= at + 200)
-        cluster.kill(1)  # the host is gone, its agent too
-        assert agents[1].wait(DEADLINE) == -signal.SIGKILL
-        at = saved()
-        agents[1] = cluster.start(1, command, stdout=log, stderr=log)
-        codes = [agent.wait(DEADLINE) for agent in agents]
-        log.seek(0)
-        text = log.read()
-    assert codes == [0, 0], text
-    assert at < steps
-    starts = [
-        line.split()[4] for line in text.splitlines() if line.startswith("2 ranks, from step")
-    ]
-    assert len(starts) == 3, text
-    assert 0 < int(starts[1]) < int(starts[2]) < steps
-    assert "grain_ddp: lost the connection to rank 1" in text
-    one, other = (torch.load(path, weights_only=True) for path in (whole, broken))
-    assert one["grain"] == other["grain"]
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, other["model"][name])
-    for key, values in one["optimizer"]["state"].items():
-        assert torch.equal(
-            values["momentum_buffer"], other["optimizer"]["state"][key]["momentum_buffer"]
-        )
 
 
 @pytest.mark.root
