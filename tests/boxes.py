@@ -28,8 +28,8 @@ def unavailable() -> str:
         return str(error)
 
 
-def until(what: Callable[[], Any], deadline: float = DEADLINE) -> None:
+def until(what: Callable[[], Any], deadline: float = DEADLINE, every: float = 0.05) -> None:
     end = time.monotonic() + deadline
     while not what():
         assert time.monotonic() < end, "it has not happened by the deadline"
-        time.sleep(0.05)
+        time.sleep(every)

@@ -19,7 +19,7 @@ from cluster_in_a_box import Cluster
 
 LAUNCH = ROOT / "launch"
 EXAMPLE = f"{ROOT}/examples/cluster.py"
-DONE = re.compile(r"\d ranks, from step 0 to 20\n(?s:.*)% of the test images after 20 steps\n")
+STEPS = 300  # of the runs that are broken off, or not
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,12 @@ def _needs(request: pytest.FixtureRequest) -> None:
         pytest.skip(unavailable())
 
 
-def finished(output: str, ranks: int) -> bool:
-    return bool(DONE.search(output)) and f"{ranks} ranks, from step 0" in output
+def finished(output: str, ranks: int, steps: int = 20) -> bool:
+    start, end = (
+        output.find(f"{ranks} ranks, from step 0 to {steps}\n"),
+        output.find(f"% of the test images after {steps} steps\n"),
+    )
+    return 0 <= start < end
 
 
 def run(*command: str, **environment: str) -> str:
@@ -47,8 +51,18 @@ def run(*command: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_a_single_host() -> None:
-    assert finished(run("bash", "launch/single_host.sh", "--steps", "20"), 2)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Output and checkpoint of a run that nothing breaks off."""
+    checkpoint = tmp_path_factory.mktemp("whole") / "run.pt"
+    options = ["--steps", str(STEPS), "--every", "20", "--checkpoint", str(checkpoint)]
+    return run("bash", "launch/single_host.sh", *options), checkpoint
+
+
+def test_a_single_host(whole: tuple[str, Path]) -> None:
+    assert finished(whole[0], 2, STEPS)
+    saved = torch.load(whole[1], weights_only=True)
+    assert saved["grain"]["step"] == STEPS
 
 
 @pytest.mark.root
@@ -136,19 +150,27 @@ def test_slurm(tmp_path: Path) -> None:
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt install slurm-wlm munge")
     with slurm(tmp_path) as cluster:
-        for name, ranks in {"slurm_torchrun": 2, "slurm_srun": 4}.items():
-            output = tmp_path / f"{name}.out"
-            command = ["sbatch", "--wait", f"--output={output}", "--overcommit"]
+
+        def ask(*command: str) -> str:
             process = cluster.start(
                 0,
-                [*command, str(LAUNCH / f"{name}.sbatch"), "--steps", "20"],
+                command,
                 environment={"SLURM_CONF": str(tmp_path / "slurm.conf"), "RANKS": "1"},
                 cwd=ROOT,
+                stdout=subprocess.PIPE,
             )
-            status = process.wait(DEADLINE)
+            return process.communicate(timeout=DEADLINE)[0]
+
+        for name in ("slurm_torchrun", "slurm_srun"):
+            output = tmp_path / f"{name}.out"
+            options = ["--ntasks-per-node=1", "--overcommit", f"--output={output}"]
+            submitted = ask("sbatch", *options, str(LAUNCH / f"{name}.sbatch"), "--steps", "20")
+            until(lambda: not ask("squeue", "-h"), every=0.5)
             text = output.read_text() if output.exists() else (tmp_path / "log").read_text()
-            assert status == 0, text
-            assert finished(text, ranks), text
+            assert finished(text, 2), text
+            assert "JobState=COMPLETED" in ask("scontrol", "show", "job", submitted.split()[-1]), (
+                text
+            )
 
 
 def test_the_manifest_is_what_trainer_expects() -> None:
@@ -160,24 +182,21 @@ def test_the_manifest_is_what_trainer_expects() -> None:
 
 
 @pytest.mark.root
-def test_elastic_resumes_with_the_same_trajectory(tmp_path: Path) -> None:
-    steps = 400
-    whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
+def test_elastic_resumes_with_the_same_trajectory(whole: tuple[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pt"
     settings = {"RANKS": "1", "LOST_AFTER": "3"}
 
-    def command(checkpoint: Path) -> list[str]:
-        options = ["--every", "20", "--timeout", "20", "--steps", str(steps)]
-        return ["bash", "launch/elastic.sh", *options, "--checkpoint", str(checkpoint)]
+    options = ["--every", "20", "--timeout", "20", "--steps", str(STEPS)]
+    command = ["bash", "launch/elastic.sh", *options, "--checkpoint", str(broken)]
 
     def saved() -> int:
         return torch.load(broken, weights_only=True)["grain"]["step"] if broken.exists() else 0
 
-    run(*BOX, *command(whole), **settings)
     with Cluster(2) as cluster, (tmp_path / "log").open("w+") as log:
 
         def start(host: int) -> subprocess.Popen[str]:
             output = {"stdout": log, "stderr": log, "cwd": ROOT}
-            return cluster.start(host, command(broken), environment=settings, **output)
+            return cluster.start(host, command, environment=settings, **output)
 
         def rank_on(host: int) -> int:
             """The process of the training itself, not torchrun's."""
@@ -202,11 +221,11 @@ def test_elastic_resumes_with_the_same_trajectory(tmp_path: Path) -> None:
     assert codes == [0, 0], text
     starts = [int(step) for step in re.findall(r"2 ranks, from step (\d+)", text)]
     assert len(starts) >= 3, text
-    assert 0 == starts[0] < starts[1] < starts[-1] <= at + 20 < steps
+    assert 0 == starts[0] < starts[1] < starts[-1] <= at + 20 < STEPS
     assert "grain_ddp: lost the connection to rank 1" in text
-    one, other = (torch.load(path, weights_only=True) for path in (whole, broken))
+    one, other = (torch.load(path, weights_only=True) for path in (whole[1], broken))
     assert one["grain"] == other["grain"]
-    assert one["grain"]["step"] == steps
+    assert one["grain"]["step"] == STEPS
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, other["model"][name])
     for key, values in one["optimizer"]["state"].items():
