@@ -470,6 +470,19 @@ def broken() -> None:
     assert relative_error(gradient(model), expected) < 1e-5
     assert shapes == [(3, 2), (3, 2)]
     assert state.step == 2
+    # An error of somebody else, between the units: what was reduced does not count.
+    handle = model[0].register_forward_hook(lambda m, x, out: out.register_hook(raising) and None)
+    with pytest.raises(Boom):
+        loss(model, 3).backward()
+    handle.remove()
+    model.reset_iter_state()
+    loss(model, 4).backward()
+    assert shapes == [(3, 2)] * 3
+    assert state.step == 3
+
+
+def raising(gradient: Tensor) -> None:
+    raise Boom
 
 
 def test_an_error_leaves_nothing_behind() -> None:
@@ -559,12 +572,16 @@ def separate() -> None:
     model = sharded()
     with torch.no_grad():
         loss(model, 5)  # leaves the root unsharded
-    grain_ddp.fsdp.apply(model, GrainState(scope="bucket"))
+    state = GrainState(scope="bucket")
+    grain_ddp.fsdp.apply(model, state)
     if hasattr(model, "set_separate_reduce_scatter_group"):
         model.set_separate_reduce_scatter_group()
+        theirs = model._get_fsdp_state()._fsdp_param_groups[0]._reduce_scatter_process_group
     expected = exact(twin_of(model), [0])
     loss(model, 0).backward()
     assert relative_error(gradient(model), expected) < 1e-5
+    if hasattr(model, "set_separate_reduce_scatter_group"):
+        assert state._runtime.aggregation.wire.group is theirs
 
 
 def test_a_process_group_for_the_reduction() -> None:
