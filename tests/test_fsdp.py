@@ -18,10 +18,12 @@ from ranks import batch, flat, gather, loss, network, relative_error, same_every
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import grain_ddp.fsdp
+import grain_ddp.sharded as sharded_module
 from grain_ddp import GrainState
 from grain_ddp.wire import TorchWire
 
@@ -605,6 +607,39 @@ def test_one_rank_is_the_identity() -> None:
     (heard,) = run(1, alone)
     assert len(heard) == 1
     assert "sharded over one rank" in heard[0]
+
+
+def ways_to_shard() -> None:
+    """Modules in one unit, other dimensions, two models in one pass; pieces stashed away."""
+    for name, value in {"SLACK": 0, "MESSAGE_BYTES": 64, "SCRATCH_BYTES": 0}.items():
+        setattr(sharded_module, name, value)
+
+    def halves() -> tuple[nn.Sequential, nn.Sequential]:
+        torch.manual_seed(0)
+        front = nn.Sequential(nn.Linear(11, 8), nn.Tanh(), nn.Linear(8, 16), nn.Tanh())
+        return front, nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3))
+
+    front, back = halves()
+    for part in (front, back):
+        columns = {"shard_placement_fn": lambda p: Shard(p.ndim - 1) if p.shape[-1] == 8 else None}
+        fully_shard([part[0], part[-1 if part is back else 2]], **columns)
+        fully_shard(part)
+    states = [GrainState(scope="bucket") for _ in range(2)]
+    for part, state in zip((front, back), states, strict=True):
+        grain_ddp.fsdp.apply(part, state)
+    twins = halves()
+    for f, b in ((front, back), twins):
+        loss(nn.Sequential(f, b), 0).backward()
+    for part, twin, state in zip((front, back), twins, states, strict=True):
+        rows = torch.stack(gather(flat(p.grad for p in twin.parameters()).double()))
+        assert relative_error(gradient(part), min_norm(rows)) < 1e-5
+        assert state.last is not None
+        assert state.last.weights.shape == (1, dist.get_world_size())
+        assert state.step == 1
+
+
+def test_ways_to_shard() -> None:
+    run(2, ways_to_shard)
 
 
 def refused() -> None:

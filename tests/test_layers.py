@@ -18,28 +18,15 @@ LAYERS = [
     {"aggregation"},  # the only place where both meet
     {"sharded"},  # the same without its gather
     {"sinks"},  # where records go
-    {
-        "simulation",
-        "ddp",
-        "loop",
-        "deepspeed",
-        "fsdp",
-    },  # integrations, which do not import each other
+    {"simulation", "ddp", "loop", "deepspeed", "fsdp"},  # integrations, which do not import each other
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
     {"__main__"},
 ]
 MATHEMATICS = {"solver", "record", "gramian", "weighting"}
-DISTRIBUTED = {
-    "wire",
-    "state",
-    "ddp",
-    "deepspeed",
-    "fsdp",
-    "sinks",
-    "doctor",
-}  # may name torch.distributed
+# May name torch.distributed.
+DISTRIBUTED = {"wire", "state", "ddp", "deepspeed", "fsdp", "sinks", "doctor"}
 
 
 def imports(module: str) -> set[str]:
