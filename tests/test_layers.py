@@ -18,7 +18,7 @@ LAYERS = [
     {"aggregation"},  # the only place where both meet
     {"sharded"},  # the same without its gather
     {"sinks"},  # where records go
-    {"simulation", "ddp", "loop", "deepspeed", "fsdp"},  # integrations, which do not import each other
+    {"simulation", "ddp", "loop", "deepspeed", "fsdp"},  # integrations: none imports another
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
