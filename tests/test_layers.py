@@ -19,29 +19,15 @@ LAYERS = [
     {"aggregation"},  # the only place where both meet
     {"sharded", "packing"},  # the same without its gather; many gradients as few buffers
     {"sinks"},  # where records go
-    {
-        "simulation",
-        "ddp",
-        "loop",
-        "deepspeed",
-        "mpi",
-    },  # integrations, which do not import each other
+    {"simulation", "ddp", "loop", "deepspeed", "fsdp", "mpi"},  # integrations: none imports another
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
     {"__main__"},
 ]
 MATHEMATICS = {"solver", "record", "kernels", "kernel_solver", "gramian", "weighting"}
-DISTRIBUTED = {  # may name torch.distributed
-    "wire",
-    "state",
-    "ddp",
-    "loop",
-    "deepspeed",
-    "mpi",
-    "sinks",
-    "doctor",
-}
+# May name torch.distributed.
+DISTRIBUTED = {"wire", "state", "ddp", "loop", "deepspeed", "fsdp", "mpi", "sinks", "doctor"}
 
 
 def imports(module: str) -> set[str]:
