@@ -60,20 +60,25 @@ def step_bytes(state: GrainState | None) -> int:
 def training(_: Path) -> dict[str, Any]:
     """Errors against the reference and plain DDP; bytes; the error where options differ."""
     state = GrainState()
-    model, mean, plain = (wrap(network(), s) for s in (state, GrainState(weighting="mean"), None))
+    others = GrainState(weighting="mean"), None, GrainState(groups="node")
+    model, mean, plain, nodes = (wrap(network(), s) for s in (state, *others))
+    per_host = int(os.environ["PER_HOST"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    worst = worst_mean = 0.0
+    worst = worst_mean = worst_nodes = 0.0
     same = True
     for step in range(4):
         rows = local_gradients(model.module, step)
-        for twin in (mean, plain):
+        for twin in (mean, plain, nodes):
             twin.module.load_state_dict(model.module.state_dict())
-        for one in (model, mean, plain):
+        for one in (model, mean, plain, nodes):
             one.zero_grad()
             loss(one, step).backward()
-        found, averaged, expected = (
-            flat(p.grad for p in one.parameters()) for one in (model, mean, plain)
+        found, averaged, expected, between = (
+            flat(p.grad for p in one.parameters()) for one in (model, mean, plain, nodes)
         )
+        exact = torch.from_numpy(min_norm_point(rows.view(-1, per_host, rows.shape[1]).mean(1)))
+        worst_nodes = max(worst_nodes, relative_error(between, exact))
+        same &= same_everywhere(between)
         worst = max(worst, relative_error(found, torch.from_numpy(min_norm_point(rows))))
         worst_mean = max(worst_mean, relative_error(averaged, expected))
         optimizer.step()
@@ -81,13 +86,21 @@ def training(_: Path) -> dict[str, Any]:
         same &= same_everywhere(flat(model.parameters()))
         same &= same_everywhere(torch.from_numpy(state.last.weights))
     sizes = {"plain": step_bytes(None), "grain": step_bytes(GrainState())}
+    sizes["nodes"] = step_bytes(GrainState(groups="node"))
     unequal = wrap(network(), GrainState(cap=2.0 if HOST == 1 else None))
     try:
         loss(unequal, 0).backward()
         error = "none"
     except ValueError as raised:
         error = str(raised)
-    return {"error": worst, "mean": worst_mean, "same": same, "bytes": sizes, "options": error}
+    return {
+        "error": worst,
+        "mean": worst_mean,
+        "nodes": worst_nodes,
+        "same": same,
+        "bytes": sizes,
+        "options": error,
+    }
 
 
 def losing(folder: Path, fault: str, lost: int, at: int = 5, steps: int = 20) -> dict[str, Any]:

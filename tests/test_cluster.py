@@ -43,6 +43,7 @@ def launch(
                 "RANK": str(rank),
                 "WORLD_SIZE": str(size),
                 "LOCAL_RANK": str(rank % per_host),
+                "PER_HOST": str(per_host),
                 "MASTER_PORT": "29500",
                 "TIMEOUT": str(TIMEOUT),
             },
@@ -73,11 +74,15 @@ def test_across_hosts(hosts: int, per_host: int, tmp_path: Path) -> None:
     for rank, result in found.items():
         assert result["error"] < 1e-5
         assert result["mean"] < 1e-6
+        assert result["nodes"] < 1e-5
         assert result["same"]
         # Rings cross a link once, pairs of ranks as often as there are ranks on both its sides.
         crossing = per_host * (n - per_host) / (n - 1)
         assert result["bytes"]["plain"] > 2 * (n - 1) / n * 4.0e6
         assert result["bytes"]["grain"] <= 1.01 * crossing * result["bytes"]["plain"]
+        # Between hosts as groups a link carries what a ring of hosts would, and the headers.
+        hierarchical = 2 * (hosts - 1) / hosts * 4.0e6
+        assert hierarchical < result["bytes"]["nodes"] < 1.03 * hierarchical
         assert result["host"] == rank // per_host
         message = f"cap must be the same on every rank, but it is rank 0: None, rank {per_host - 1}"
         assert message.replace("rank 0: None, rank 0", "rank 0: None") in result["options"]
