@@ -16,7 +16,7 @@ command -v "$MPIEXEC" >/dev/null || {
 }
 
 # An MPI from PyPI has its library near its mpiexec, where mpi4py may not look first.
-prefix=$(dirname "$(dirname "$(command -v "$MPIEXEC")")")
+prefix=$(cd "$(dirname "$(command -v "$MPIEXEC")")/.." && pwd)
 for library in "$prefix"/lib/libmpi.so.[0-9]*; do
   [ ! -e "$library" ] || export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$library}
 done
