@@ -221,6 +221,7 @@ class Aggregation:
             self.drop()
             raise
         for bucket in buckets:
+            bucket.pieces.clear()  # they refer to it: else only garbage collection would free both
             if bucket.done is not None:
                 bucket.done()
         self.state.advance(record)
