@@ -230,6 +230,7 @@ class Aggregation:
             self.drop()
             raise
         for bucket in buckets:
+            bucket.pieces.clear()  # they refer to it: else only garbage collection would free both
             if bucket.done is not None:
                 bucket.done()
         if self._last_pass:

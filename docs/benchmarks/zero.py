@@ -5,7 +5,7 @@
 An MLP of 8 square layers, fp32, SGD, on the CPU. Bytes are counted on the loopback interface, and
 are those of the whole step, the gathers of parameters included, divided by the ranks. `unshare -rn`
 gives the run a loopback interface of its own, so that nobody else's bytes are counted. Memory is
-the most that a rank's resident memory grows during a step, over what it holds between steps.
+the most that a rank's resident memory grows in a step, over what it holds when DeepSpeed is ready.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 LAYERS = 8
+os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # a freed tensor's memory is the system's again
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx"])
 
@@ -77,11 +78,12 @@ def work(rank, n, folder, width, steps, stage, grain, bucket, results) -> None:
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(rank))
     times, grown, count = [], [], []
+    rest = memory("VmRSS")
     for step in range(steps + 2):
         dist.barrier()
         time.sleep(0.05)  # the barrier's own bytes arrive
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        rest, before, start = memory("VmRSS"), sent(), time.perf_counter()
+        before, start = sent(), time.perf_counter()
         dist.barrier()
         engine.backward(engine(x).square().mean())
         engine.step()
@@ -92,6 +94,8 @@ def work(rank, n, folder, width, steps, stage, grain, bucket, results) -> None:
             grown.append(memory("VmHWM") - rest)
             count.append(after - before)
     results.put((statistics.median(times), max(grown), statistics.median(count) / n))
+    results.close()
+    results.join_thread()  # or os._exit, below, may come before it is sent
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)
