@@ -19,6 +19,7 @@ LAYERS = [
     {"sharded"},  # the same without its gather
     {"sinks"},  # where records go
     {"simulation", "ddp", "loop", "deepspeed"},  # integrations, which do not import each other
+    {"huggingface", "lightning"},  # frameworks that make a DDP model
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
@@ -66,7 +67,7 @@ def test_the_wire_and_the_mathematics_meet_in_the_aggregation_only() -> None:
 
 def test_importing_the_package_imports_nothing_optional() -> None:
     optional = ["deepspeed", "mpi4py", "matplotlib", "sklearn", "scipy", "torch._dynamo"]
-    optional += ["tensorboard", "wandb"]
+    optional += ["tensorboard", "wandb", "transformers", "accelerate", "lightning"]
     code = f"import sys, grain_ddp; print([m for m in {optional} if m in sys.modules])"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
