@@ -79,8 +79,8 @@ def attach(module: nn.Module, state: GrainState) -> bool:
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             "grain_ddp: expected a model that DistributedDataParallel wraps, but on rank "
-            f"{dist.get_rank()} nothing of that kind wraps {type(module).__name__}. Choose DDP; or, "
-            'with DeepSpeed, leave this out, import grain_ddp.deepspeed and put "grain": '
+            f"{dist.get_rank()} nothing of that kind wraps {type(module).__name__}. Choose DDP; or "
+            'with DeepSpeed leave this out, import grain_ddp.deepspeed and put "grain": '
             '{"enabled": true} into its config.'
         )
     warnings.warn(

@@ -38,8 +38,8 @@ class GrainCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"grain_ddp: expected one process for each GPU, but this one has {args.n_gpu}, over "
-                "which DataParallel averages. Start the script with torchrun."
+                f"grain_ddp: expected one process for each GPU, but this one has {args.n_gpu}, and "
+                "DataParallel averages over them. Start the script with torchrun."
             )
         self._attached = attach(kwargs["model"], self.grain)
         self.grain.step = state.global_step
