@@ -4,10 +4,12 @@
 
 import contextlib
 import gc
+import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +57,39 @@ def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:
             "grain_ddp: this GrainState is already used by reduce_gradients. Make one per model."
         )
     return state._runtime.add(bucket)
+
+
+def attach(module: nn.Module, state: GrainState) -> bool:
+    """Register the hook with the DDP model that `module` is, or that a framework wraps it in.
+
+    Nothing happens where this state's hook is registered already.
+
+    Returns:
+        Whether there is such a model. In a world of one rank there need not be: a warning.
+
+    Raises:
+        ValueError: there is none, though there are several ranks: something else would average.
+    """
+    gc.collect()  # a framework that starts anew may have dropped its first wrapper just now
+    found = [model for model in _every_model() if module in (model, model.module)]
+    for model in found:
+        if not _has(model, state):
+            model.register_comm_hook(state, grain_hook)
+    if found:
+        return True
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "grain_ddp: expected a model that DistributedDataParallel wraps, but on rank "
+            f"{dist.get_rank()} nothing of that kind wraps {type(module).__name__}. Choose DDP; or "
+            'with DeepSpeed leave this out, import grain_ddp.deepspeed and put "grain": '
+            '{"enabled": true} into its config.'
+        )
+    warnings.warn(
+        "grain_ddp: the world has one rank, so there is nothing to aggregate. If more were "
+        "started, their launcher did not tell them of each other.",
+        stacklevel=3,
+    )
+    return False
 
 
 class _Runtime:
@@ -105,12 +140,15 @@ class _Runtime:
 
 def _models(state: GrainState) -> list[DistributedDataParallel]:
     """The models whose hook has this state: DDP does not tell a hook whose it is."""
-    return [
-        model
-        for model in gc.get_objects()
-        if issubclass(type(model), DistributedDataParallel)
-        and any(held is state for _, held in getattr(model, "_comm_hooks", ()))
-    ]
+    return [model for model in _every_model() if _has(model, state)]
+
+
+def _every_model() -> Iterator[DistributedDataParallel]:
+    return (m for m in gc.get_objects() if issubclass(type(m), DistributedDataParallel))
+
+
+def _has(model: DistributedDataParallel, state: GrainState) -> bool:
+    return any(held is state for _, held in getattr(model, "_comm_hooks", ()))
 
 
 def _process_group(

@@ -117,6 +117,13 @@ class GrainState:
             "weighting",
             f"one of {', '.join(map(repr, RULES))}, or a callable from a Gramian to weights",
         )
+        # It would take the Gramian for gradients, and what it returns has the length of weights.
+        require(
+            all(kind.__name__ != "Aggregator" for kind in type(self.weighting).__mro__),
+            "weighting",
+            "a weighting, which takes a Gramian (UPGradWeighting()), and not a TorchJD aggregator, "
+            "which takes gradients",
+        )
         require(
             self.cap is None
             or (

@@ -220,7 +220,8 @@ def _weigh(
 
 
 def _call(weighting: Callable[[Tensor], Tensor], gramian: Array, seed: int) -> Array:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # Gradients, which a backward pass's hook runs without: a weighting may optimise by autograd.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         result = weighting(torch.from_numpy(gramian.copy()))
     found = np.asarray(torch.as_tensor(result).detach().double().cpu())

@@ -20,6 +20,7 @@ LAYERS = [
     {"sharded", "packing"},  # the same without its gather; many gradients as few buffers
     {"sinks"},  # where records go
     {"simulation", "ddp", "loop", "deepspeed", "fsdp", "mpi"},  # integrations: none imports another
+    {"huggingface", "lightning"},  # frameworks that make a DDP model
     {"report", "doctor"},
     {"picture"},
     {"__init__"},
@@ -68,7 +69,7 @@ def test_the_wire_and_the_mathematics_meet_in_the_aggregation_only() -> None:
 
 def test_importing_the_package_imports_nothing_optional() -> None:
     optional = ["deepspeed", "mpi4py", "matplotlib", "sklearn", "scipy", "torch._dynamo"]
-    optional += ["tensorboard", "wandb", "triton"]
+    optional += ["tensorboard", "wandb", "triton", "transformers", "accelerate", "lightning"]
     code = f"import sys, grain_ddp; print([m for m in {optional} if m in sys.modules])"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
