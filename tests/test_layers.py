@@ -19,13 +19,23 @@ LAYERS = [
     {"sharded"},  # the same without its gather
     {"sinks"},  # where records go
     {"simulation", "ddp", "loop", "deepspeed"},  # integrations, which do not import each other
-    {"report", "doctor"},
+    {"report", "doctor", "cost"},
     {"picture"},
+    {"plan"},
+    {"bench"},  # measures what the plan reads
     {"__init__"},
     {"__main__"},
 ]
 MATHEMATICS = {"solver", "record", "gramian", "weighting"}
-DISTRIBUTED = {"wire", "state", "ddp", "deepspeed", "sinks", "doctor"}  # may name torch.distributed
+DISTRIBUTED = {
+    "wire",
+    "state",
+    "ddp",
+    "deepspeed",
+    "sinks",
+    "doctor",
+    "bench",
+}  # may name torch.distributed
 
 
 def imports(module: str) -> set[str]:
