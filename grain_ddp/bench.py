@@ -372,7 +372,7 @@ def run(options: argparse.Namespace) -> int:
         if min([value] if isinstance(value, int) else value, default=1) < 1:
             raise ValueError(f"grain_ddp: --{name} must be at least 1, but it is {value}.")
     if options.out:
-        canvas(options.out, (1, 1))  # better now than after the measurements
+        canvas(options.out, (1, 1))  # an error about it now, not after the measurements
     device = _start(options.backend)
     try:
         _measure(options, device)
@@ -410,6 +410,9 @@ def _start(backend: str | None) -> torch.device:
 
 def _measure(options: argparse.Namespace, device: torch.device) -> None:
     say = print if dist.get_rank() == 0 else lambda *_, **__: None
+    if dist.get_rank() == 0:
+        for path in filter(None, (options.json, options.out)):
+            Path(path).touch()  # the same
     places = hosts()
     usual = [1e7, 1e8] if device.type == "cuda" else [1e6, 1e7]
     sizes = options.parameters or ([2e4] if options.quick else usual)

@@ -264,11 +264,10 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
     total = network.sum(numbers)
     solve = cluster.solve(rows)
     first = max(wide / cluster.gramian, 2 * rows * wide / job.itemsize / cluster.flops)
-    if narrow < 1:  # to the wire's dtype and back, each way
-        first += job.size / cluster.copy
     second = wide / cluster.weighted_sum
-    if narrow < 1 and not job.sharded:
-        second += job.size / cluster.copy
+    if narrow < 1:  # to the wire's dtype and back, and the rows to fp32 for either pass
+        first += (job.size + wide) / cluster.copy
+        second += ((0 if job.sharded else job.size) + wide) / cluster.copy
     times = 1 if choice.scope == "global" else buckets
     if choice.scope == "global":
         time = _overlapped(backward + first, buckets, there.seconds + parameters)

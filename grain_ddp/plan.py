@@ -44,6 +44,8 @@ def recommend(cluster: Cluster, job: Job, ranks: int, budget: float) -> str:
     said = f"Take {', '.join(parts)}: {_percent(found[best])} over plain averaging, "
     said += "within" if within else "the least there is, and more than"
     said += f" the {100 * budget:g} % allowed."
+    if job.sharded and best.scope == "global":
+        said += ' FSDP2 has scope="bucket" only.'
     if best != own[0]:
         said += (
             f' scope="global" with groups="rank", the paper\'s method, would cost '
@@ -146,7 +148,7 @@ def draw(cluster: Cluster, job: Job, ranks: int, path: str | Path) -> None:
     for i, (name, curve) in enumerate(growth(cluster, job, ranks).items()):
         axis.plot(
             list(curve),
-            [100 * max(value, 1e-5) for value in curve.values()],
+            [100 * max(value, 1e-3) for value in curve.values()],
             color=colors[i // 2],
             ls="--" if i % 2 else "-",
             marker="o",
@@ -155,7 +157,7 @@ def draw(cluster: Cluster, job: Job, ranks: int, path: str | Path) -> None:
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_ylim(0.1, 1000)  # what is off the top is out of the question
+    axis.set_ylim(1, 1000)  # what is off the top is out of the question
     axis.set(xlabel=_ranks(cluster), ylabel="% longer than plain averaging")
     axis.set_title(
         f"{_short(job.parameters)} parameters, {'ZeRO or FSDP' if job.sharded else 'DDP'}, "

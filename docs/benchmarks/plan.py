@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,9 @@ def namespaces(hosts: int, rate: str):
 
 def bench(prefixes: list[str], per_host: int, options: list[str], address: str) -> dict:
     """What `grain-ddp bench` finds, with so many ranks behind each prefix."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "bench.json")
         ranks = []
@@ -70,9 +74,9 @@ def bench(prefixes: list[str], per_host: int, options: list[str], address: str) 
                     "LOCAL_RANK": str(local),
                     "GROUP_RANK": str(host),
                     "MASTER_ADDR": address,
-                    "MASTER_PORT": "29417",
+                    "MASTER_PORT": str(port),
                     "TORCH_CPP_LOG_LEVEL": "ERROR",  # addresses without a name
-                    "GLOO_SOCKET_IFNAME": "eth0" if prefix else "lo",
+                    **({"GLOO_SOCKET_IFNAME": "eth0"} if prefix else {}),
                 }
                 command = [*shlex.split(prefix), sys.executable, "-m", "grain_ddp", "bench"]
                 command += ["--backend", "gloo", "--json", str(out), *options]
@@ -128,6 +132,7 @@ def main() -> None:
     what += ["--monitor", "--groups", *options.groups]
     for hosts in options.hosts:
         print(f"\n## {hosts} hosts, {options.per_host} ranks on each, {options.rate}\n", flush=True)
+        print(f"Load average {os.getloadavg()[0]:.1f}.\n", flush=True)
         with namespaces(hosts, options.rate) as prefixes:
             compare(bench(prefixes, options.per_host, what, f"{NETWORK}.1"))
 
