@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"grain_ddp: {error.filename}: {error.strerror}.", file=sys.stderr)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
     return 1
 

@@ -394,7 +394,6 @@ def _start(backend: str | None) -> torch.device:
                     f"grain_ddp: local rank {local} has no GPU of its own: there are {gpus}. Start "
                     "fewer processes, or add --backend gloo to measure on CPUs."
                 )
-            torch.cuda.set_device(local)
         dist.init_process_group(backend)
     elif any(name in os.environ for name in _LAUNCHERS):
         importlib.import_module("grain_ddp.mpi").init_process_group(backend)
@@ -403,9 +402,11 @@ def _start(backend: str | None) -> torch.device:
             "grain_ddp: bench measures several processes together, and this is one alone. Start "
             f"it with a launcher: {HOW}, or mpiexec -n 4 python -m grain_ddp bench."
         )
-    if backend == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if backend != "nccl":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> None:

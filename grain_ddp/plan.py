@@ -89,7 +89,7 @@ def report(cluster: Cluster, job: Job, ranks: int, budget: float) -> str:
         f"{job.buckets} buckets of {_bytes(job.size / job.buckets)}, "
         f"{_seconds(job.compute)} of computing per step.",
         "",
-        "| scope, groups | step | overhead | sent by one | out of a host | memory | solve |",
+        "| scope, groups | step | overhead | sent per rank | out of a host | memory | solve |",
         "|---|---|---|---|---|---|---|",
         f"| plain {half} | {_seconds(plain.seconds)} | | {_bytes(plain.sent)} | "
         f"{_bytes(plain.out)} | | |",
