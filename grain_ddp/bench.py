@@ -388,12 +388,11 @@ def _start(backend: str | None) -> torch.device:
     backend = backend or ("nccl" if gpus and dist.is_nccl_available() else "gloo")
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        if backend == "nccl":
-            if local >= gpus:
-                raise ValueError(
-                    f"grain_ddp: local rank {local} has no GPU of its own: there are {gpus}. Start "
-                    "fewer processes, or add --backend gloo to measure on CPUs."
-                )
+        if backend == "nccl" and local >= gpus:
+            raise ValueError(
+                f"grain_ddp: local rank {local} has no GPU of its own: there are {gpus}. Start "
+                "fewer processes, or add --backend gloo to measure on CPUs."
+            )
         dist.init_process_group(backend)
     elif any(name in os.environ for name in _LAUNCHERS):
         importlib.import_module("grain_ddp.mpi").init_process_group(backend)
