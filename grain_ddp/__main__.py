@@ -52,6 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.set_defaults(run=_doctor)
 
+    from grain_ddp import bench, plan
+
+    bench.arguments(
+        commands.add_parser(
+            "bench",
+            help="what every scope costs on these machines, against plain DDP (under torchrun)",
+            description="Train a small model with plain DDP, with a no-op hook and with each way "
+            "to aggregate, in turns; print step times, and ratios to plain DDP.",
+        )
+    )
+    plan.arguments(
+        commands.add_parser(
+            "plan",
+            help="what aggregation will cost on a cluster, and which scope and groups to take",
+            description="Time, bytes and memory of a training step by a model of latency and "
+            "bandwidth, for a cluster's figures, a preset's, or those that bench measured.",
+        )
+    )
+
     options = parser.parse_args(arguments)
     try:
         status = int(options.run(options))
@@ -61,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"grain_ddp: {error.filename}: {error.strerror}.", file=sys.stderr)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
     return 1
 

@@ -21,19 +21,9 @@ def draw(run: Run, path: str | Path, title: str = "") -> None:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: every record has a NaN or inf, or the name's ending is unknown.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no display, no global state
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "grain_ddp: the picture needs matplotlib: pip install 'grain-ddp[plot]'."
-        ) from error
     if not run.finite:
         raise ValueError("grain_ddp: nothing to draw: every record has a gradient with NaN or inf.")
-    figure = Figure(figsize=(18, 8.5), layout="constrained")
-    if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        raise ValueError(
-            f"grain_ddp: {path}: expected a picture's name, ending in .png, .svg or .pdf."
-        )
+    figure = canvas(path, (18, 8.5))
     axes = figure.subplots(2, 4)
     for panel, axis in zip(
         (_weights, _norms, _early, _late, _conflicts, _to_others, _noise, _gap),
@@ -43,6 +33,27 @@ def draw(run: Run, path: str | Path, title: str = "") -> None:
         panel(axis, run)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
+
+
+def canvas(path: str | Path, size: tuple[float, float]) -> Any:
+    """An empty figure of that size in inches, which can be saved under that name.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: the name's ending is unknown.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "grain_ddp: the picture needs matplotlib: pip install 'grain-ddp[plot]'."
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise ValueError(
+            f"grain_ddp: {path}: expected a picture's name, ending in .png, .svg or .pdf."
+        )
+    return figure
 
 
 def _weights(axis: Any, run: Run) -> None:

@@ -21,14 +21,17 @@ LAYERS = [
     {"sinks"},  # where records go
     {"simulation", "ddp", "loop", "deepspeed", "fsdp", "mpi"},  # integrations: none imports another
     {"huggingface", "lightning"},  # frameworks that make a DDP model
-    {"report", "doctor"},
+    {"report", "doctor", "cost"},
     {"picture"},
+    {"plan"},
+    {"bench"},  # measures what the plan reads
     {"__init__"},
     {"__main__"},
 ]
 MATHEMATICS = {"solver", "record", "kernels", "kernel_solver", "gramian", "weighting"}
 # May name torch.distributed.
-DISTRIBUTED = {"wire", "state", "ddp", "loop", "deepspeed", "fsdp", "mpi", "sinks", "doctor"}
+DISTRIBUTED = {"wire", "state", "ddp", "loop", "deepspeed", "fsdp", "mpi", "sinks"}
+DISTRIBUTED |= {"doctor", "bench"}
 
 
 def imports(module: str) -> set[str]:

@@ -103,7 +103,7 @@ def test_a_reader_may_leave(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("command", [[], ["report"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["report"], ["doctor"], ["bench"], ["plan"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -1,0 +1,302 @@
+"""What a step costs on a cluster that need not be there yet: time, bytes and memory.
+
+The α-β model (Hockney 1994; Thakur, Rabenseifner and Gropp 2005): a message of s bytes takes
+α + s/β, latency and bandwidth. n ranks, k on each host, D bytes of gradient in B buckets, groups of
+g ranks, G = n/g of them. A host sends to other hosts over one link, the sum of its interfaces.
+
+* A ring's reduce-scatter or all-gather of D bytes: n − 1 steps, (n−1)/n · D sent by each rank, and
+  as much by each host, since a ring leaves a host once. All-reduce is both. NCCL's trees (Sanders,
+  Speck and Träff 2009) need log₂ n steps at about the same bytes: on GPUs that is counted.
+* An exchange of D bytes among G ranks: (G−1)/G · D sent by each, one message and its α for every
+  other rank. Messages overlap, so this α is the gap between two (LogP, Culler et al. 1993). All k
+  ranks of a host send across its link, each to the G − k/g partners elsewhere.
+* Gramian: G(G+1)/2 numbers in fp64, gathered by up to 32 ranks, all-reduced beyond.
+* Passes: the rows, D/g bytes, are read once for the Gramian (2·G flops for each number) and once
+  for the weighted sum. The solver's time is measured up to n = 1024, and grows with n³ beyond.
+
+With groups of g ranks: a reduce-scatter inside, the exchange of D/g across, and both ways back. A
+sharded optimizer (ZeRO, FSDP) leaves out the ways back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from grain_ddp import wire
+from grain_ddp.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
+
+BACKWARD = 2 / 3
+"""The share of a step's computing that is the backward pass, where communication overlaps."""
+
+SOLVER = ((2, 1e-4), (8, 1.9e-4), (64, 5e-4), (512, 0.015), (1024, 0.077))
+"""Rows, and seconds of one solve: docs/benchmarks/solver.md, full rank and correlated."""
+
+SCOPES = ("global", "bucket")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Latency α in seconds per message, and bandwidth β in bytes per second in each direction."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A host's ranks and links, and how fast a rank works on its own memory.
+
+    `near` is one rank's link to another of its host, `far` one host's to all the others; None where
+    there is none, or none was measured. The two of a kind differ only if measured: messages between
+    pairs of ranks, and the backend's own all-reduce.
+    """
+
+    per_host: int  # ranks
+    near: Link | None
+    far: Link | None
+    near_reduce: Link | None
+    far_reduce: Link | None
+    gramian: float  # bytes of rows per second
+    weighted_sum: float  # the same
+    copy: float  # bytes copied per second
+    flops: float  # of the Gramian, where it has many rows
+    gpu: bool = True
+    solver: tuple[tuple[int, float], ...] = SOLVER
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Cluster:
+        """From what `dataclasses.asdict` gave, also by way of JSON."""
+        found = dict(values)
+        for name in ("near", "far", "near_reduce", "far_reduce"):
+            found[name] = found[name] and Link(**found[name])
+        found["solver"] = tuple((int(n), float(seconds)) for n, seconds in found["solver"])
+        return cls(**found)
+
+    def solve(self, rows: int) -> float:
+        """Seconds to solve for that many rows: between measured sizes a power law, beyond n³."""
+        known = self.solver
+        if rows <= known[0][0]:
+            return known[0][1]
+        for (low, fast), (high, slow) in pairwise(known):
+            if rows <= high:
+                share = math.log(rows / low) / math.log(high / low)
+                return float(fast * (slow / fast) ** share)
+        return float(known[-1][1] * (rows / known[-1][0]) ** 3)
+
+
+def uniform(
+    per_host: int, nvlink: float, link: float, memory: float, flops: float, gap: float = 2e-6
+) -> Cluster:
+    """GPUs by their data sheets: bytes/s of a GPU inside a host, of a host, and of a GPU's memory.
+
+    Between messages inside a host half the gap in seconds; a step of a ring or tree takes 5 gaps.
+    A copy reads and writes, so it runs at half of the memory's speed.
+    """
+    return Cluster(
+        per_host,
+        near=Link(gap / 2, nvlink),
+        far=Link(gap, link),
+        near_reduce=Link(2.5 * gap, nvlink),
+        far_reduce=Link(5 * gap, link),
+        gramian=memory,
+        weighted_sum=memory,
+        copy=memory / 2,
+        flops=flops,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained. Sharded: ZeRO-3 or FSDP, where a rank keeps its part of the gradient."""
+
+    parameters: int
+    itemsize: int  # bytes of a gradient's number
+    buckets: int
+    compute: float  # seconds of a step without communication
+    sharded: bool = False
+
+    @property
+    def size(self) -> float:
+        """Bytes of gradient."""
+        return self.parameters * self.itemsize
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options of `GrainState`: scope, ranks in a group, bytes of a number on the wire."""
+
+    scope: str
+    group: int = 1
+    itemsize: int | None = None  # None: the gradient's own
+
+    def name(self, per_host: int) -> str:
+        groups = {1: "rank", per_host: "node"} if per_host > 1 else {1: "rank"}
+        found = groups.get(self.group, str(self.group))
+        return f"{self.scope}, {found}" + (", bf16" if self.itemsize else "")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds on the network, bytes that a rank sends, and bytes that leave a host."""
+
+    seconds: float = 0.0
+    sent: float = 0.0
+    out: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.seconds + other.seconds, self.sent + other.sent, self.out + other.out)
+
+    def __mul__(self, times: float) -> Traffic:
+        return Traffic(self.seconds * times, self.sent * times, self.out * times)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step: seconds, bytes that a rank sends for gradients, bytes that leave a host for them,
+    bytes of memory beyond plain DDP's, and seconds in the solver (part of the step's)."""
+
+    seconds: float
+    sent: float
+    out: float
+    memory: float = 0.0
+    solve: float = 0.0
+
+
+class _Network:
+    """The collectives of n ranks."""
+
+    def __init__(self, cluster: Cluster, ranks: int) -> None:
+        self.cluster, self.ranks = cluster, ranks
+        self.here = min(cluster.per_host, ranks)  # ranks of a host that take part
+        if ranks > self.here and ranks % self.here:
+            raise ValueError(
+                f"grain_ddp: {ranks} GPUs do not fill hosts of {cluster.per_host}: give a multiple."
+            )
+
+    def _time(self, messages: tuple[float, float], sent: float, out: float, way: str) -> float:
+        """α for each message near and far, and the slower of what goes near and far."""
+        latency = busiest = 0.0
+        for name, count, load in (("near", messages[0], sent), ("far", messages[1], out)):
+            if count:
+                link: Link | None = getattr(self.cluster, name + way)
+                if link is None:
+                    where = "inside a host" if name == "near" else "between hosts"
+                    flag = "--nvlink" if name == "near" else "--link"
+                    raise ValueError(
+                        f"grain_ddp: {self.ranks} GPUs need a link {where}, but none was measured. "
+                        f"Give its speed with {flag}, or bench on more ranks."
+                    )
+                latency += count * link.latency
+                busiest = max(busiest, load / link.bandwidth)
+        return latency + busiest
+
+    def ring(self, p: int, size: float) -> Traffic:
+        """Half an all-reduce of that many bytes, among each p consecutive ranks."""
+        if p == 1:
+            return Traffic()
+        steps = math.log2(p) if self.cluster.gpu else p - 1
+        sent = (p - 1) / p * size
+        if p <= self.here:
+            return Traffic(self._time((steps, 0), sent, 0, "_reduce"), sent)
+        # A step lasts as long as its slowest message. With several ranks per host, as many bytes
+        # go along the links inside.
+        time = self._time((0, steps), 0, sent, "_reduce")
+        if self.here > 1 and self.cluster.near_reduce is not None:
+            time = max(time, sent / self.cluster.near_reduce.bandwidth)
+        return Traffic(time, sent, sent)
+
+    def exchange(self, p: int, stride: int, each: float) -> Traffic:
+        """`each` bytes from every rank to each of the p − 1 others, who are `stride` apart."""
+        message = SCRATCH_BYTES // p if self.cluster.gpu else MESSAGE_BYTES
+        pieces = max(math.ceil(each / message), 1)
+        here = min(max(self.here // stride, 1), p)
+        near, far = here - 1, p - here
+        out = self.here * far * each
+        time = self._time((pieces * near, pieces * far), near * each, out, "")
+        return Traffic(time, (p - 1) * each, out)
+
+    def sum(self, numbers: int) -> Traffic:
+        """As `TorchWire.sum`, of numbers in fp64, over all ranks."""
+        if self.ranks <= wire._GATHER_LIMIT:
+            return self.exchange(self.ranks, 1, 8 * numbers)
+        return self.ring(self.ranks, 8 * numbers) * 2
+
+
+def _overlapped(compute: float, buckets: int, each: float) -> float:
+    """Seconds until all is sent, if a bucket is ready after each B-th of the computing.
+
+    The last bucket follows the computing, or the first is followed by all the others.
+    """
+    return max(compute + each, compute / buckets + buckets * each)
+
+
+def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -> Cost:
+    """Of a step of plain averaging (choice None), or of GRAIN.
+
+    Raises:
+        ValueError: the ranks do not fill hosts or groups, or the cluster lacks a link.
+    """
+    network = _Network(cluster, ranks)
+    buckets = job.buckets
+    gather = network.ring(ranks, job.size / buckets)  # a bucket's parameters, or gradients
+    forward, backward = (1 - BACKWARD) * job.compute, BACKWARD * job.compute
+    if job.sharded:  # parameters are gathered for each pass, by whatever rule
+        forward = _overlapped(forward, buckets, gather.seconds)
+    parameters = gather.seconds if job.sharded else 0.0
+    if choice is None:
+        half = gather * (1 if job.sharded else 2)
+        time = forward + _overlapped(backward, buckets, half.seconds + parameters)
+        return Cost(time, buckets * half.sent, buckets * half.out)
+
+    g, rows = choice.group, ranks // choice.group
+    if ranks % g or rows < 2:
+        raise ValueError(f"grain_ddp: {ranks} GPUs do not make two or more groups of {g}.")
+    wide = job.size / g  # bytes of rows, over the step
+    narrow = min((choice.itemsize or job.itemsize) / job.itemsize, 1)
+    bucket = job.size * narrow / buckets
+    there = network.ring(g, bucket) + network.exchange(rows, g, bucket / g / rows)
+    back = Traffic() if job.sharded else there
+    numbers = rows * (rows + 1) // 2
+    total = network.sum(numbers)
+    solve = cluster.solve(rows)
+    first = max(wide / cluster.gramian, 2 * rows * wide / job.itemsize / cluster.flops)
+    second = wide / cluster.weighted_sum
+    if narrow < 1:  # to the wire's dtype and back, and the rows to fp32 for either pass
+        first += (job.size + wide) / cluster.copy
+        second += ((0 if job.sharded else job.size) + wide) / cluster.copy
+    times = 1 if choice.scope == "global" else buckets
+    if choice.scope == "global":
+        time = _overlapped(backward + first, buckets, there.seconds + parameters)
+        time += total.seconds + solve + max(second, buckets * back.seconds)
+    else:
+        each = there.seconds + total.seconds + back.seconds + parameters
+        time = _overlapped(backward + first + second + buckets * solve, buckets, each)
+    moved = (there + back) * buckets + total * times
+    # Scratch for rows that arrive; a Gramian for each bucket; triangles, as many as are gathered.
+    held = job.size if choice.scope == "global" else bucket
+    scratch = min(SCRATCH_BYTES, held if job.sharded else 2 * bucket)
+    if job.sharded:
+        scratch += 2 * min(bucket, SCRATCH_BYTES)
+    gathered = ranks if ranks <= wire._GATHER_LIMIT else 1
+    memory = scratch + 8 * (buckets * rows * rows + times * gathered * numbers)
+    return Cost(forward + time, moved.sent, moved.out, memory, times * solve)
+
+
+def choices(cluster: Cluster, job: Job, ranks: int) -> Iterator[Choice]:
+    """What can be chosen, the paper's method first: finer groups, then global, then own dtype."""
+    size = 1
+    while size * 2 <= ranks:
+        if ranks % size == 0:
+            for scope in SCOPES:
+                for itemsize in (None, 2) if job.itemsize > 2 else (None,):
+                    yield Choice(scope, size, itemsize)
+        size = cluster.per_host if size == 1 < cluster.per_host else size * 4
+
+
+def overhead(cluster: Cluster, job: Job, ranks: int, choice: Choice) -> float:
+    """How much longer than plain averaging a step takes: 0.05 is five percent."""
+    return cost(cluster, job, ranks, choice).seconds / cost(cluster, job, ranks).seconds - 1

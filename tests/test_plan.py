@@ -1,0 +1,272 @@
+"""The plan: its bytes are those that travel, its formulas those of simpler models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
+
+from grain_ddp import GrainState, grain_hook
+from grain_ddp.__main__ import main
+from grain_ddp.cost import Choice, Cluster, Job, Link, _overlapped, choices, cost, overhead
+from grain_ddp.plan import PRESETS, count, growth, recommend
+from grain_ddp.sharded import ShardedAggregation
+from grain_ddp.wire import TorchWire
+
+H100 = PRESETS["h100"][0]
+CPU = Cluster(
+    2, *[Link(1e-4, 1e9)] * 4, gramian=5e9, weighted_sum=5e9, copy=5e9, flops=1e10, gpu=False
+)
+JOB = Job(10**9, 4, 40, 1.0)
+
+
+def counting(per_host: int) -> list[int]:
+    """From now on: bytes that this rank sends, and those of them that leave its host."""
+    found = [0, 0]
+    exchange = TorchWire.exchange
+
+    def counted(self: TorchWire, send: Any, receive: Any) -> Any:
+        for j, tensor in enumerate(send):
+            if j != self.rank:
+                found[0] += tensor.nbytes
+                found[1] += tensor.nbytes * (j // per_host != self.rank // per_host)
+        return exchange(self, send, receive)
+
+    TorchWire.exchange = counted  # type: ignore[method-assign]
+    return found
+
+
+def ddp_bytes(per_host: int) -> list[Any]:
+    """Scope, bytes of a number on the wire, bytes sent, those that left, buckets, parameters."""
+    torch.manual_seed(0)
+    sent, every = counting(per_host), []
+    for scope in ("global", "bucket"):
+        for wire_dtype in (None, torch.bfloat16):
+            net = torch.nn.Sequential(*(torch.nn.Linear(150, 150) for _ in range(14)))
+            model = DistributedDataParallel(net, bucket_cap_mb=0.2)
+            state = GrainState(scope=scope, wire_dtype=wire_dtype)
+            model.register_comm_hook(state, grain_hook)
+            for _ in range(3):  # DDP settles its buckets in the first two
+                sent[:] = 0, 0
+                model(torch.randn(4, 150)).square().mean().backward()
+            assert state.last is not None
+            buckets = len(state.last.weights) if scope == "bucket" else 1
+            size = sum(p.numel() for p in net.parameters())
+            every.append((scope, wire_dtype and 2, *sent, buckets, size))
+    return every
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_bytes_are_those_that_travel(n: int) -> None:
+    per_host = 2 if n == 4 else 1
+    every = run(n, ddp_bytes, per_host)
+    for k, (scope, itemsize, _, _, buckets, size) in enumerate(every[0]):
+        assert buckets > 1 or scope == "global"
+        job = Job(size, 4, buckets, 0.0)
+        choice = Choice(scope, 1, itemsize)
+        expected = cost(replace(CPU, per_host=per_host), job, n, choice)
+        for rank in every:
+            assert rank[k][2] == pytest.approx(expected.sent, rel=0.01)
+        assert sum(rank[k][3] for rank in every[:per_host]) == pytest.approx(expected.out, rel=0.01)
+
+
+def sharded_bytes(scope: str) -> int:
+    views = [[torch.randn(5000)] for _ in range(dist.get_world_size())]
+    aggregation = ShardedAggregation(GrainState(scope=scope), TorchWire(dist.group.WORLD))
+    found = counting(1)
+    for _ in range(3):
+        aggregation.push(views)
+    aggregation.finish()
+    return found[0]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("scope", ["global", "bucket"])
+def test_sharded_bytes_are_those_that_travel(n: int, scope: str) -> None:
+    job = Job(15000 * n, 4, 3, 0.0, sharded=True)
+    expected = cost(replace(CPU, per_host=1), job, n, Choice(scope)).sent
+    for sent in run(n, sharded_bytes, scope):
+        assert sent == pytest.approx(expected, rel=1e-9)
+
+
+def test_plain_averaging_by_hand() -> None:
+    cluster = replace(CPU, per_host=1, far_reduce=Link(1e-3, 1e8))
+    found = cost(cluster, Job(10**6, 4, 1, 0.3), 4)
+    assert found.sent == found.out == 2 * 3 / 4 * 4e6
+    assert found.seconds == pytest.approx(0.3 + 2 * 3 * 1e-3 + 6e6 / 1e8)
+    tree = cost(replace(cluster, gpu=True), Job(10**6, 4, 1, 0.3), 4)
+    assert tree.seconds == pytest.approx(0.3 + 2 * 2 * 1e-3 + 6e6 / 1e8)
+
+
+def test_grain_by_hand() -> None:
+    """Two hosts of one rank: exchange, Gramian, solve, and the gather, which is slower here."""
+    cluster = replace(CPU, per_host=1, far=Link(1e-3, 1e8), solver=((2, 0.01),))
+    found = cost(cluster, Job(10**6, 4, 1, 0.3), 2, Choice("global"))
+    assert found.sent == 4e6 + 3 * 8
+    half = 1e-3 + 2e6 / 1e8
+    assert found.seconds == pytest.approx(0.3 + 4e6 / 5e9 + half + 1e-3 + 24 / 1e8 + 0.01 + half)
+
+
+@given(st.integers(1, 30), st.floats(0, 1), st.floats(0, 0.1))
+def test_overlap_is_that_of_a_queue(buckets: int, compute: float, each: float) -> None:
+    end = 0.0
+    for k in range(buckets):
+        end = max(end, compute * (k + 1) / buckets) + each
+    assert _overlapped(compute, buckets, each) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("n", [16, 64, 1024])
+def test_what_leaves_a_host(n: int) -> None:
+    """A ring leaves a host once, an exchange of ranks eight times, one of nodes once again."""
+    hosts = n // 8
+    plain = cost(H100, JOB, n)
+    rank = cost(H100, JOB, n, Choice("global"))
+    node = cost(H100, JOB, n, Choice("global", 8))
+    assert plain.out == pytest.approx(2 * (n - 1) / n * JOB.size)
+    assert rank.out == pytest.approx(8 * 2 * (n - 8) / n * JOB.size, rel=0.01)
+    assert node.out == pytest.approx(2 * (hosts - 1) / hosts * JOB.size, rel=0.01)
+    assert rank.sent == pytest.approx(plain.sent, rel=0.01)
+    assert node.sent == pytest.approx(plain.sent, rel=0.01)
+
+
+def test_node_groups_stay_flat() -> None:
+    curves = growth(H100, JOB, 64)
+    assert max(curves["global, rank"]) == max(curves["global, node"]) == 16384
+    assert curves["global, rank"][1024] > 10 * curves["global, node"][1024]
+    for curve in curves.values():
+        sizes = sorted(n for n in curve if n >= 16)
+        assert [curve[n] for n in sizes] == sorted(curve[n] for n in sizes)
+
+
+def test_sharded_is_half_of_the_way() -> None:
+    for choice in (None, Choice("bucket", 8)):
+        whole = cost(H100, JOB, 64, choice)
+        half = cost(H100, replace(JOB, sharded=True), 64, choice)
+        assert half.sent == pytest.approx(whole.sent / 2, rel=0.01)
+
+
+def test_the_solver_between_and_beyond_what_is_measured() -> None:
+    for n, seconds in H100.solver:
+        assert H100.solve(n) == pytest.approx(seconds)
+    between = [H100.solve(n) for n in range(2, 1025)]
+    assert between == sorted(between)
+    assert H100.solve(2048) == pytest.approx(8 * H100.solve(1024))
+
+
+def test_memory_of_many_gramians() -> None:
+    """One per bucket is kept until the step ends."""
+    few, many = (cost(H100, JOB, n, Choice("global")).memory for n in (32, 4096))
+    assert few == 2**26 + 8 * (40 * 32**2 + 32 * 528)  # scratch; Gramians; gathered triangles
+    assert many == pytest.approx(40 * 8 * 4096**2, rel=0.1)
+
+
+def test_recommendations() -> None:
+    fast = replace(JOB, compute=5.0)  # all is hidden behind computing
+    assert 'Take scope="global", groups="rank": ' in recommend(H100, fast, 8, 0.05)
+    said = recommend(H100, fast, 1024, 0.05)
+    assert 'groups="node"' in said
+    assert "128 rows out of 1024" in said
+    allowed = re.match(r'Take .*, groups="node": ([\d.]+) %', said)
+    assert allowed is not None
+    assert float(allowed[1]) <= 5
+    assert "the least there is, and more than the 0 % allowed" in recommend(H100, JOB, 64, 0.0)
+    assert recommend(H100, JOB, 1, 0.05).startswith("Alone")
+    sharded = recommend(H100, replace(fast, sharded=True), 1024, 0.05)
+    assert 'Take scope="global"' in sharded
+    assert 'FSDP2 has scope="bucket" only.' in sharded
+
+
+def test_the_recommendation_is_the_first_within_the_budget() -> None:
+    own = [c for c in choices(H100, JOB, 256) if c.itemsize is None]
+    allowed = sorted(overhead(H100, JOB, 256, c) for c in own)[2]
+    first = next(c for c in own if overhead(H100, JOB, 256, c) <= allowed)
+    name = {1: '"rank"', 8: '"node"'}.get(first.group, str(first.group))
+    start = f'Take scope="{first.scope}", groups={name}: '
+    assert recommend(H100, JOB, 256, allowed).startswith(start)
+
+
+def test_quantities() -> None:
+    assert count("1.5B") == 1.5e9
+    for wrong in ("", "-1M", "1 parsec", "many", "0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="such as 7B"):
+            count(wrong)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    asked = ["plan", "--parameters", "7B", "--gpus", "128", "--link", "200Gbit/s", "--sharded"]
+    assert main([*asked, "--json", str(out), "--out", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("7.00B parameters, 128 GPUs on 16 hosts, ZeRO or FSDP")
+    assert "| bucket, node |" in said
+    assert "\nTake scope=" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(out.read_text())
+    assert found["cluster"]["far"]["bandwidth"] == 25e9
+    cluster, job = Cluster.of(found["cluster"]), Job(**found["job"])
+    assert found["plain"]["seconds"] == pytest.approx(cost(cluster, job, 128).seconds)
+    assert math.isclose(found["choices"][0]["sent"], cost(cluster, job, 128, Choice("global")).sent)
+
+
+@pytest.mark.parametrize("parameters", ["1M", "1T"])
+@pytest.mark.parametrize("gpus", ["1", "2", "16384"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_size(
+    parameters: str, gpus: str, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--sharded"]):
+        asked = ["--parameters", parameters, "--gpus", gpus, "--preset", preset, *more]
+        assert main(["plan", *asked]) == 0
+        assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--gpus", "100"], 1, "100 GPUs do not fill hosts of 8: give a multiple"),
+        (["--gpus", "0"], 1, "--gpus must be at least 1, but it is 0"),
+        (["--link", "200"], 2, "a positive number with a unit, such as 200Gbit/s"),
+        (["--preset", "h1000"], 2, "invalid choice"),
+        (["--from", "missing.json"], 1, "missing.json: No such file"),
+        (["--from", "other.json"], 1, "expected what `grain-ddp bench --json other.json` writes"),
+        (["--out", "curve.foo"], 1, "expected a picture's name"),
+    ],
+)
+def test_errors_are_sentences(
+    arguments: list[str],
+    status: int,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text("{}")
+    try:
+        found: object = main(["plan", *arguments])
+    except SystemExit as end:
+        found = end.code
+    assert found == status
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_link_that_nobody_measured() -> None:
+    alone = replace(CPU, far=None, far_reduce=None)
+    assert cost(alone, JOB, 2).out == 0
+    with pytest.raises(ValueError, match=r"need a link between hosts.*--link"):
+        cost(alone, JOB, 4)
+    assert all(n <= 2 for curve in growth(alone, JOB, 2).values() for n in curve)
