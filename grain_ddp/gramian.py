@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ BLOCK = 4096
 """Columns whose products are summed in fp32 before fp64 takes over."""
 
 DEVICES = {"cuda"}
-"""Types of devices that run the Triton kernels, where Triton is installed."""
+"""Types of devices that run the Triton kernels, where Triton 3.7 or newer is installed."""
 
 # Squares outside of this range have left fp32, or are about to.
 _SMALLEST, _LARGEST = 1e-30, 1e37
@@ -21,7 +22,16 @@ _SMALLEST, _LARGEST = 1e-30, 1e37
 
 def has_kernels(tensor: Tensor) -> bool:
     """Whether there are kernels for the tensor's device."""
-    return tensor.device.type in DEVICES and find_spec("triton") is not None
+    return tensor.device.type in DEVICES and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 7)  # the oldest that the kernels were tested with
 
 
 def gramian(rows: Tensor) -> Tensor:

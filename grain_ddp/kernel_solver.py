@@ -92,6 +92,7 @@ def _weigh(gramian, limit, result, n, RULE: tl.constexpr, DROP: tl.constexpr, N:
 @triton.jit
 def _min_norm(G, squares, bound, counted, m, n, i, j, k, N: tl.constexpr):
     """Weights [N], and whether they are exact; `bound` is the largest weight, inf for no bound."""
+    squares = tl.where(counted, squares, 0.0)
     tiny = tl.maximum(_TINY, 1e-200 * tl.max(squares))
     r = tl.where(counted, tl.sqrt(tl.maximum(squares, tiny)), 1.0)
     C = G / (r[:, None] * r[None, :])

@@ -47,7 +47,7 @@ class GrainState:
         last: the latest `StepRecord`, or None before the first.
 
     Raises:
-        ValueError: an option is unknown or out of range, or not in this version.
+        ValueError: an option is unknown or out of range.
     """
 
     def __init__(
