@@ -266,7 +266,6 @@ class Aggregation:
             bucket.transfer.wait()
             for piece in bucket.pieces:
                 self._complete(piece)
-            bucket.pieces = []  # they refer to the bucket: its memory would wait for Python's gc
             if inside is not None and bucket.inside is not None:
                 inside.gather(bucket.inside)
         for bucket in buckets:

@@ -120,6 +120,7 @@ def attach(engine: Any) -> None:
         state.wire_dtype = engine.communication_data_type
     state.on_step = _sink(log, wire)
     optimizer = engine.optimizer
+    _check_groups(engine, state, stage)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         _Stage3(engine, state, wire)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -247,6 +248,22 @@ def _refuse(refused: Iterable[tuple[str, str]]) -> None:
         )
 
 
+def _check_groups(engine: Any, state: GrainState, stage: int) -> None:
+    """ValueError for groups that the stage cannot form."""
+    if stage and state.groups != "rank":
+        raise ValueError(
+            f'grain_ddp: grain.groups must be "rank" at stage {stage}, where each rank owns a part '
+            f"of the gradient, but it is {state.groups!r}. Stage 0 has groups of several ranks."
+        )
+    passes = engine.gradient_accumulation_steps()
+    if state.microbatches > 1 and (stage or state.microbatches != passes):
+        raise ValueError(
+            "grain_ddp: grain.microbatches must be 1, or at stage 0 gradient_accumulation_steps, "
+            f"which is {passes}, but it is {state.microbatches} at stage {stage}. Elsewhere "
+            "DeepSpeed adds micro-batches up before they can be weighed."
+        )
+
+
 def _basic_optimizer(engine: Any) -> Any:
     """The optimizer that DeepSpeed wraps, or None if it was given none."""
     return getattr(engine, "basic_optimizer", None)
@@ -320,8 +337,12 @@ class _Replicated:
     def __init__(self, engine: Any, state: GrainState, wire: TorchWire) -> None:
         self.engine, self.state = engine, state
         self.aggregation = Aggregation(state, wire)
-        self.scale = 1 if engine.gradient_average else wire.size
+        # DeepSpeed divides the loss by the number of passes, of which each is a group here.
+        self.scale = state.microbatches * (1 if engine.gradient_average else wire.size)
         engine._reduce_non_expert_gradients = self.reduce
+        if state.microbatches > 1:
+            self.at_the_last = engine.allreduce_gradients
+            engine.allreduce_gradients = self.after_a_pass
 
     def reduce(self, grads: Sequence[Tensor], elements_per_buffer: int) -> None:
         """What DeepSpeed calls at the end of a step's accumulation with all gradients."""
@@ -342,6 +363,12 @@ class _Replicated:
                 flat, copy_back = flatten(pack)
                 self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
         self.aggregation.finish()
+
+    def after_a_pass(self, *arguments: Any, **options: Any) -> None:
+        """What DeepSpeed calls after each backward pass; only after the last it reduces itself."""
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.buffered_allreduce_fallback()
+        self.at_the_last(*arguments, **options)
 
     def _done(self, flat: Tensor, copy_back: Callable[[], None]) -> None:
         if self.scale != 1:

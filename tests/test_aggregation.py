@@ -310,8 +310,6 @@ def test_a_dead_rank_is_an_error_on_the_others() -> None:
         assert "RuntimeError" in outcome.error
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
-@pytest.mark.parametrize("length", [1, 5, 7, 100, 1023])
 def freed() -> bool:
     gc.disable()
     aggregation = Aggregation(GrainState(), TorchWire(dist.group.WORLD))
@@ -327,6 +325,8 @@ def test_a_finished_bucket_does_not_wait_for_the_garbage_collector() -> None:
     assert run(2, freed) == [True, True]
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("length", [1, 5, 7, 100, 1023])
 @pytest.mark.parametrize("message", [1, 10, 1000])
 def test_cut_covers_a_bucket_once(n: int, length: int, message: int) -> None:
     pieces = cut(length, n, message)

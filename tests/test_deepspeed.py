@@ -144,6 +144,62 @@ def test_parameters_equal_the_reference(n: int) -> None:
         assert max(ranks) < 1e-5, ranks
 
 
+def groups_of_other_sizes(scope: str) -> list[float]:
+    """At stage 0: passes as groups, and groups of two ranks; the errors after some steps."""
+    found, n = [], torch.distributed.get_world_size()
+    for more, passes in (({"microbatches": 2}, 2), ({"groups": n}, 1), ({"groups": 1}, 1)):
+        if n == 1 and passes == 1:
+            continue  # nothing is aggregated
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+        engine = engine_for(config(0, {"scope": scope, **more}, gradient_accumulation_steps=passes))
+        train(engine, 4)
+        for step in range(4):
+            rows = []
+            for k in range(passes):
+                model.zero_grad()
+                loss(model, step * passes + k).backward()
+                rows.append(torch.stack(gather(flat(p.grad for p in model.parameters()).double())))
+            every = torch.stack(rows, 1).flatten(0, 1)
+            if more.get("groups", 1) > 1:
+                every = every.view(-1, n, every.shape[1]).mean(1)
+            sizes = [p.numel() for p in model.parameters()]
+            for p, part in zip(model.parameters(), min_norm(every).split(sizes), strict=True):
+                p.grad = part.view_as(p).float()
+            optimizer.step()
+        assert engine.grain.step == 4
+        assert engine.grain.last.weights.shape[-1] == len(every)
+        result = parameters(engine)
+        assert same_everywhere(result)
+        found.append(relative_error(result, flat(model.parameters())))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_passes_and_several_ranks_as_groups(n: int) -> None:
+    for ranks in run(n, groups_of_other_sizes, "global"):
+        assert max(ranks) < 1e-5, ranks
+
+
+def groups_that_are_refused() -> list[str]:
+    found = []
+    for stage, more in ((1, {"groups": 2}), (2, {"microbatches": 2}), (0, {"microbatches": 3})):
+        try:
+            engine_for(config(stage, more, gradient_accumulation_steps=2))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_groups_that_a_stage_cannot_form() -> None:
+    for found in run(2, groups_that_are_refused):
+        assert "grain.groups must be" in found[0]
+        assert "at stage 1" in found[0]
+        assert "grain.microbatches must be 1" in found[1]
+        assert "gradient_accumulation_steps, which is 2, but it is 3 at stage 0" in found[2]
+
+
 class Checkpointed(torch.nn.Module):
     """The usual network in two segments, whose activations are computed again."""
 
