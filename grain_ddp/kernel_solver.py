@@ -239,9 +239,9 @@ def _interior(C, u, top, capped, counted, m, n, i, j, N: tl.constexpr):
     if capped:
         z = top / tl.sum(tl.where(counted, u * top, 0.0))
     s = top - z
-    y = tl.sum(C * tl.where(counted, z, 0.0)[:, None], 0)
+    y = tl.sum(C * tl.where(counted, z, 0.0)[None, :], 1)
     size = tl.sum(tl.where(counted, z, 0.0))
-    mu = tl.maximum(tl.sum(tl.where(counted, z * y, 0.0)), _EPS * size * size) / m
+    mu = tl.maximum(tl.sum(tl.where(counted, z * y, 0.0)), size * size * _EPS) / m
     p, q = mu / z, mu / s
     state = zero
     count = 0
@@ -269,12 +269,15 @@ def _interior(C, u, top, capped, counted, m, n, i, j, N: tl.constexpr):
                 mu = ratio * ratio * ratio * total / (2 * m)
                 c, e = mu - dz * dp, mu + dz * dq
         sound = tl.sum(tl.where(counted, tl.abs(dz) + tl.abs(dp) + tl.abs(dq), 0.0)) < float("inf")
-        if sound:
-            # Tapia's indicators: what goes to its bound shrinks, its multiplier stays.
-            above = tl.where(-dz / s < dq / q, tl.where(capped, one, zero), zero)
-            state = above - tl.where(dz / z < dp / p, one, zero)
-            z, p, s, q = z + step * dz, p + step * dp, s - step * dz, q + step * dq
-            y = tl.sum(C * tl.where(counted, z, 0.0)[:, None], 0)
+        # Tapia's indicators: what goes to its bound shrinks, its multiplier stays.
+        above = tl.where(-dz / s < dq / q, tl.where(capped, one, zero), zero)
+        state = tl.where(sound, above - tl.where(dz / z < dp / p, one, zero), state)
+        z = tl.where(sound, z + step * dz, z)
+        s = tl.where(sound, s - step * dz, s)
+        p = tl.where(sound, p + step * dp, p)
+        q = tl.where(sound, q + step * dq, q)
+        # Along this axis: along the other one Triton 3.7 fails to compile.
+        y = tl.sum(C * tl.where(counted, z, 0.0)[None, :], 1)
         size = tl.sum(tl.where(counted, z, 0.0))
         going = sound & (total > _EPS * size * size) & (step >= 1e-6) & (count < 50)
     return z, state
