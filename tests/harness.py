@@ -21,7 +21,7 @@ _context = multiprocessing.get_context("forkserver")
 _PRELOAD = ["grain_ddp", "pytest", "scipy.optimize", "torch._dynamo"]
 _PRELOAD += ["torch._inductor.compile_fx", "deepspeed"]  # deepspeed needs the compiler too
 _PRELOAD += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "peft"]
-_PRELOAD += ["accelerate", "lightning.pytorch"]
+_PRELOAD += ["accelerate", "lightning.pytorch", "torchjd.aggregation"]
 _context.set_forkserver_preload(_PRELOAD)
 
 TIMEOUT = 20.0
