@@ -279,5 +279,5 @@ def _interior(C, u, top, capped, counted, m, n, i, j, N: tl.constexpr):
         # Along this axis: along the other one Triton 3.7 fails to compile.
         y = tl.sum(C * tl.where(counted, z, 0.0)[None, :], 1)
         size = tl.sum(tl.where(counted, z, 0.0))
-        going = sound & (total > _EPS * size * size) & (step >= 1e-6) & (count < 50)
+        going = sound & (total > size * size * _EPS) & (step >= 1e-6) & (count < 50)
     return z, state
