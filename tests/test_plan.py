@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook
 from grain_ddp.__main__ import main
+from grain_ddp.aggregation import SCRATCH_BYTES
 from grain_ddp.cost import Choice, Cluster, Job, Link, _overlapped, choices, cost, overhead
 from grain_ddp.plan import PRESETS, count, growth, recommend
 from grain_ddp.sharded import ShardedAggregation
@@ -168,7 +169,9 @@ def test_the_solver_between_and_beyond_what_is_measured() -> None:
 def test_memory_of_many_gramians() -> None:
     """One per bucket is kept until the step ends."""
     few, many = (cost(H100, JOB, n, Choice("global")).memory for n in (32, 4096))
-    assert few == 2**26 + 8 * (40 * 32**2 + 32 * 528)  # scratch; Gramians; gathered triangles
+    assert few == SCRATCH_BYTES + 8 * (
+        40 * 32**2 + 32 * 528
+    )  # scratch; Gramians; gathered triangles
     assert many == pytest.approx(40 * 8 * 4096**2, rel=0.1)
 
 
