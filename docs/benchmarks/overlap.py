@@ -70,6 +70,8 @@ def work(
         loss.backward()
         marks.append(time.monotonic())
     results.put((rank, marks))
+    results.close()
+    results.join_thread()  # what was put is on its way
     dist.barrier()
     os._exit(0)
 
