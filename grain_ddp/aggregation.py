@@ -26,7 +26,7 @@ from grain_ddp.wire import Transfer, Wire, cut
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
 
-SCRATCH_BYTES = 40 << 20
+SCRATCH_BYTES = 48 << 20
 """Bound of the memory for rows that arrive; twice the step's largest bucket, if that is less.
 
 DDP's buckets have 25 MiB, and all that is held beside them shall be less than two."""
@@ -423,7 +423,8 @@ class Aggregation:
             memory = torch.empty(count, dtype=torch.uint8, device=buffer.device)
         else:
             largest = max(bucket.own.nbytes for bucket in self._buckets)
-            limit = max(min(self._limit, 2 * largest), count)
+            widened = n * width * buffer.itemsize if narrow else 0  # by the passes, one piece's
+            limit = max(min(self._limit - widened, 2 * largest), count)
             while self._scratch.lent + count > limit:
                 self._release(next(iter(self._holders)))
             memory = piece.scratch = self._scratch.lend(count, buffer.device, limit)
