@@ -148,11 +148,9 @@ class Aggregation:
     def __init__(self, state: GrainState, wire: Wire) -> None:
         wire.agree(state.agreed())
         groups = partition(state.groups, wire)
-        position = next(group for group in groups if wire.rank in group).index(wire.rank)
-        self._inside: Inside | None = None
-        if len(groups) < wire.size:
-            mine = next(group for group in groups if wire.rank in group)
-            self._inside = Inside(wire.among(mine, 1))
+        mine = next(group for group in groups if wire.rank in group)
+        position = mine.index(wire.rank)
+        self._inside = Inside(wire.among(mine, 1)) if len(mine) > 1 else None
         if [group[0] for group in groups] != list(range(wire.size)):
             wire = wire.among([group[position] for group in groups], 2)
         self.state, self.wire = state, wire

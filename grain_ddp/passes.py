@@ -39,11 +39,11 @@ class Passes:
 
         `message` is as in `cut`: the same for all passes.
         """
-        key = tuple(parts)
-        if sum(length for _, length in key) != len(buffer):
+        key, total = tuple(parts), sum(length for _, length in parts)
+        if total != len(buffer):
             raise ValueError(
-                f"grain_ddp: expected a bucket of {sum(length for _, length in key)} elements, but "
-                f"found one of {len(buffer)}. All passes of a step need the same parameters."
+                f"grain_ddp: expected a bucket of {total} elements, but found one of "
+                f"{len(buffer)}. All passes of a step need the same parameters."
             )
         if key not in self._blocks:
             self._take_apart({name for name, _ in key}, message)
