@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grain_ddp.ddp import attach
-from grain_ddp.sinks import scalars
+from grain_ddp.sinks import readings
 from grain_ddp.state import GrainState
 
 try:
@@ -19,8 +19,8 @@ except ImportError as error:
 class GrainCallback(TrainerCallback):
     """Registers the hook when training begins, and adds each record to the Trainer's logs.
 
-    The logs get the readings of `grain_ddp.sinks.scalars` under ``grain/``, without those of single
-    groups. ``state.step`` is the Trainer's ``global_step``, also when it resumes from a checkpoint.
+    The logs get `grain_ddp.sinks.readings`.
+    ``state.step`` is the Trainer's ``global_step``, also when it resumes from a checkpoint.
 
     Args:
         state: one for each Trainer, with the same options on every rank.
@@ -54,6 +54,6 @@ class GrainCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs, record = kwargs["logs"], self.grain.last
         if "loss" in logs and record is not None:
-            values = {f"grain/{k}": v for k, v in scalars(record).items() if "/" not in k}
+            values = readings(record)
             logs.update(values)  # for the callbacks that come after this one: the console
             state.log_history[-1].update(values)

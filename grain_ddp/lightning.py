@@ -6,7 +6,7 @@ from typing import Any
 
 from grain_ddp.ddp import attach
 from grain_ddp.record import StepRecord
-from grain_ddp.sinks import scalars
+from grain_ddp.sinks import readings
 from grain_ddp.state import GrainState
 
 try:
@@ -44,5 +44,5 @@ class GrainCallback(Callback):
         record = self.grain.last
         if record is not None and record is not self._logged:
             self._logged = record
-            values = {f"grain/{k}": v for k, v in scalars(record).items() if "/" not in k}
+            values = readings(record)
             pl_module.log_dict(values, batch_size=1)  # the batch's size only matters to averages

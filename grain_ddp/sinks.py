@@ -165,6 +165,11 @@ def scalars(record: StepRecord) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
+def readings(record: StepRecord) -> dict[str, float]:
+    """`scalars` under ``grain/``, without those of single groups: for a framework's own logs."""
+    return {f"grain/{k}": v for k, v in scalars(record).items() if "/" not in k}
+
+
 def _writes() -> bool:
     """Whether this is rank 0; before torch.distributed starts, by the launcher's word."""
     if dist.is_available() and dist.is_initialized():
