@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -38,18 +39,25 @@ def narrow_dtype(state: GrainState, buffer: Tensor) -> torch.dtype | None:
     return dtype if dtype is not None and dtype.itemsize < buffer.itemsize else None
 
 
+@cache
+def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the upper triangle lies in a flat matrix [n, n], and what of it each entry is."""
+    rows, columns = torch.triu_indices(n, n, device=device)
+    where = torch.zeros(n, n, dtype=torch.int64, device=device)
+    where[rows, columns] = where[columns, rows] = torch.arange(len(rows), device=device)
+    if device.type == "cuda":  # for the streams of other models
+        torch.cuda.current_stream(device).synchronize()
+    return rows * n + columns, where
+
+
 def upper(gramian: Tensor) -> Tensor:
     """The upper triangle of a Gramian [n, n], flat: what travels."""
-    rows, columns = torch.triu_indices(*gramian.shape, device=gramian.device)
-    return gramian[rows, columns]
+    return gramian.take(_triangle(len(gramian), gramian.device)[0])
 
 
 def weights_of(state: GrainState, triangle: Tensor, n: int) -> Weights | DeviceWeights:
     """The weights that the state's options give for the upper triangle of a Gramian [n, n]."""
-    rows, columns = torch.triu_indices(n, n, device=triangle.device)
-    gramian = triangle.new_empty(n, n)
-    gramian[rows, columns] = triangle
-    gramian[columns, rows] = triangle
+    gramian = triangle.take(_triangle(n, triangle.device)[1])
     return weigh_tensor(
         gramian, state.weighting, cap=state.cap, nonfinite=state.nonfinite, seed=state.step
     )
@@ -249,10 +257,10 @@ class Aggregation:
             for bucket in buckets[-2:-1]:
                 self._arrive(bucket)
         if self._one_by_one:
-            for bucket in buckets[-2:-1]:
-                self._reduce(bucket)
+            # First, so that the last Gramian does not queue behind the gather before it.
             self._arrive(buckets[-1])
-            self._reduce(buckets[-1])
+            for bucket in buckets[-2:]:
+                self._reduce(bucket)
         else:
             self._arrive(buckets[-1])
             total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
@@ -318,7 +326,6 @@ class Aggregation:
             for part, columns in zip(piece.narrow, piece.send, strict=False):
                 part.copy_(columns)
             send = piece.narrow or piece.send
-            piece.rows[self.wire.rank].copy_(send[self.wire.rank])
             piece.transfer = self.wire.exchange(send, piece.rows.unbind())
 
     def _arrive(self, bucket: _Bucket) -> None:
@@ -331,6 +338,9 @@ class Aggregation:
     def _arrive_piece(self, piece: _Piece) -> None:
         if piece.arrived:
             return
+        if self.wire.size > 1:
+            send = piece.narrow or piece.send
+            piece.rows[self.wire.rank].copy_(send[self.wire.rank])
         piece.transfer.wait()
         piece.arrived = True
         if not self.state.averaging:
@@ -355,12 +365,8 @@ class Aggregation:
             if piece.narrow:
                 parts = [part[: len(slot)] for part, slot in zip(piece.narrow, parts, strict=True)]
             own = parts[self.wire.rank]
-            if piece.rows is piece.home and not piece.narrow and not bucket.blocks:
-                weighted = torch.empty_like(own)
-                weighted_sum(rows, weights, out=weighted)
-                own.copy_(weighted)
-            else:
-                weighted_sum(rows, weights, out=own)
+            in_place = not piece.narrow and not bucket.blocks
+            weighted_sum(rows, weights, out=own, own=self.wire.rank if in_place else None)
             piece.reduced = True
             if not piece.narrow:
                 self._take_back(piece)

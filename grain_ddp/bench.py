@@ -338,7 +338,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of what travels (default: own bf16)",
     )
     which.add_argument(
-        "--monitor",
+        "--record-every",
         nargs="*",
         type=int,
         default=[1, 10],
@@ -367,10 +367,11 @@ def run(options: argparse.Namespace) -> int:
     """The command, on each rank."""
     options.rounds = _ROUNDS[options.quick] if options.rounds is None else options.rounds
     options.steps = _STEPS[options.quick] if options.steps is None else options.steps
-    for name in ("layers", "batch", "rounds", "steps", "monitor"):
+    for name in ("layers", "batch", "rounds", "steps", "record_every"):
         value = getattr(options, name)
         if min([value] if isinstance(value, int) else value, default=1) < 1:
-            raise ValueError(f"grain_ddp: --{name} must be at least 1, but it is {value}.")
+            option = name.replace("_", "-")
+            raise ValueError(f"grain_ddp: --{option} must be at least 1, but it is {value}.")
     if options.out:
         canvas(options.out, (1, 1))  # an error about it now, not after the measurements
     device = _start(options.backend)
@@ -417,7 +418,7 @@ def _measure(options: argparse.Namespace, device: torch.device) -> None:
     usual = [1e7, 1e8] if device.type == "cuda" else [1e6, 1e7]
     sizes = options.parameters or ([2e4] if options.quick else usual)
     groups = options.groups or ["rank", *(["node"] if len(places) > 1 and _has_nodes() else [])]
-    contest = variants(options.scope, groups, options.wire, options.monitor)
+    contest = variants(options.scope, groups, options.wire, options.record_every)
     facts = {
         "grain_ddp": importlib.import_module("grain_ddp").__version__,
         "torch": torch.__version__,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 4096
-"""Columns whose products are summed in fp32 before fp64 takes over."""
+"""The most columns whose products are summed in fp32 before fp64 takes over."""
 
 DEVICES = {"cuda"}
 """Types of devices that run the Triton kernels, where Triton 3.7 or newer is installed."""
@@ -46,13 +46,14 @@ def gramian(rows: Tensor) -> Tensor:
 
         if len(rows) <= kernels.LARGEST:
             return kernels.gramian(rows)
-    whole = 0 if rows.dtype == torch.float64 else rows.shape[1] // BLOCK
-    rest = rows[:, whole * BLOCK :].double()
+    size = BLOCK if len(rows) > 4 else BLOCK // 8  # what is faster
+    whole = 0 if rows.dtype == torch.float64 else rows.shape[1] // size
+    rest = rows[:, whole * size :].double()
     result = rest @ rest.T
     if not whole:
         return result
     wide = rows.float()
-    blocks = wide.as_strided((whole, len(wide), BLOCK), (BLOCK, wide.stride(0), 1))
+    blocks = wide.as_strided((whole, len(wide), size), (size, wide.stride(0), 1))
     with _full_precision():
         squares = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
     if squares.device.type == "cpu":
@@ -63,11 +64,12 @@ def gramian(rows: Tensor) -> Tensor:
     return result.add_(squares)
 
 
-def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    """``out[c] = weights @ rows`` for rows ``[n, c]``; out must not overlap the rows.
+def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = None) -> None:
+    """``out[c] = weights @ rows`` for rows ``[n, c]``.
 
-    Accumulated in fp32 or better and rounded once to the dtype of out. Kernels do not read rows of
-    weight zero; elsewhere 0 · NaN is NaN.
+    `own` is the number of the row that `out` holds: it is updated in place. Without it, `out` must
+    not overlap the rows. Accumulated in fp32 or better and rounded to the dtype of out. Kernels do
+    not read rows of weight zero; elsewhere 0 · NaN is NaN.
     """
     if has_kernels(rows):
         from grain_ddp import kernels
@@ -76,10 +78,18 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
         return
     wide = rows if rows.dtype == torch.float64 else rows.float()
     weights = weights.to(wide.dtype)
-    if out.dtype == wide.dtype:
-        torch.mv(wide.T, weights, out=out)
-    else:
+    if out.dtype != wide.dtype:
         out.copy_(torch.mv(wide.T, weights))
+    elif own is None:
+        torch.mv(wide.T, weights, out=out)
+    elif out.device.type != "cpu":  # whose host would have to wait for the factor
+        out.copy_(torch.mv(wide.T, weights))
+    else:
+        scale = float(weights[own])
+        for others in (slice(own), slice(own + 1, None)):
+            if len(wide[others]):
+                out.addmv_(wide[others].T, weights[others], beta=scale)
+                scale = 1.0
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run
+from torch.distributed.run import get_args_parser
 
 from grain_ddp import bench
 from grain_ddp.__main__ import main
@@ -144,7 +145,7 @@ def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], 1, "Start it with a launcher: torchrun --nproc_per_node=4 -m grain_ddp bench"),
         (["--rounds", "0"], 1, "--rounds must be at least 1, but it is 0"),
-        (["--monitor", "3", "0"], 1, "--monitor must be at least 1"),
+        (["--record-every", "3", "0"], 1, "--record-every must be at least 1"),
         (["--groups", "hosts"], 2, "expected rank, node or a number, but found 'hosts'"),
         (["--parameters", "big"], 2, "such as 7B"),
         (["--out", "bench.foo"], 1, "expected a picture's name"),
@@ -212,3 +213,13 @@ def test_a_round_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["other"] == (60, 3, [3, 3])
     assert found["no-op hook"] == (40, 2, [2, 2])
     assert np.isclose(found["plain DDP"][0], 20)
+
+
+def test_torchrun_takes_no_option_of_bench_for_its_own() -> None:
+    """Its parser looks for abbreviations behind the program's name too, and ends if two fit."""
+    parser = argparse.ArgumentParser()
+    bench.arguments(parser)
+    options = [word for action in parser._actions for word in action.option_strings]
+    assert "--record-every" in options
+    given = ["-m", "grain_ddp", "bench", *options]
+    assert get_args_parser().parse_args(given).training_script_args == given[2:]

@@ -59,3 +59,23 @@ def test_weighted_sum_rounds_once(dtype: torch.dtype, out_dtype: torch.dtype) ->
     exact = (weights @ rows.double()).to(out_dtype)
     ulp = torch.finfo(out_dtype).eps
     torch.testing.assert_close(out, exact, rtol=ulp, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("own", [0, 2, 4])
+def test_weighted_sum_in_place_of_a_row(own: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(5, 1000).to(dtype)
+    weights = torch.rand(5, dtype=torch.float64)
+    out = rows[own].clone()
+    exact = (weights @ rows.double()).to(dtype)
+    if dtype.itemsize > 2:
+        rows[own] = torch.nan  # it is not read
+    weighted_sum(rows, weights, out, own)
+    torch.testing.assert_close(out, exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_row_of_weight_zero_is_overwritten_in_place() -> None:
+    rows, weights = torch.randn(3, 1000), torch.tensor([0.5, 0.0, 0.5])
+    out = torch.full((1000,), torch.nan)
+    weighted_sum(rows, weights, out, own=1)
+    torch.testing.assert_close(out, (rows[0] + rows[2]) / 2)

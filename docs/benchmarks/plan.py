@@ -129,7 +129,7 @@ def main() -> None:
         compare(bench([""], 2, ["--quick", "--monitor"], "127.0.0.1"))
         return
     what = ["--parameters", options.parameters, "--rounds", options.rounds, "--steps", "3"]
-    what += ["--monitor", "--groups", *options.groups]
+    what += ["--record-every", "--groups", *options.groups]
     for hosts in options.hosts:
         print(f"\n## {hosts} hosts, {options.per_host} ranks on each, {options.rate}\n", flush=True)
         print(f"Load average {os.getloadavg()[0]:.1f}.\n", flush=True)
