@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp.cost import Cluster, Link
@@ -90,7 +91,9 @@ class Trial:
     ) -> None:
         self.name, self.options, self.times = name, options, list[float]()
         self.model = DistributedDataParallel(net.to(device))
-        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        # So slow that the gradients stay as they are: products of vanishing ones would be
+        # subnormal numbers, for which a CPU takes ten times as long.
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-9)
         self.state: GrainState | None = None
         if name == NOOP:
             self.model.register_comm_hook(None, noop_hook)
@@ -99,13 +102,13 @@ class Trial:
             self.state = GrainState(on_step=sink, **options)
             self.model.register_comm_hook(self.state, grain_hook)
 
-    def block(self, x: Tensor, steps: int) -> float:
+    def block(self, x: Tensor, y: Tensor, steps: int) -> float:
         """Seconds per step."""
 
         def train() -> None:
             for _ in range(steps):
                 self.optimizer.zero_grad()
-                self.model(x).square().mean().backward()
+                mse_loss(self.model(x), y).backward()
                 self.optimizer.step()
             _all_ready(x.device)
 
@@ -145,10 +148,11 @@ def compare(
             for k, (name, options) in enumerate(contest.items())
         ]
         width = next(trials[0].model.parameters()).shape[1]
-        x = torch.randn(batch, width, device=device)
+        torch.manual_seed(dist.get_rank())  # equal gradients would be another problem to solve
+        x, y = torch.randn(2, batch, width, device=device)
         for k in range(rounds + 1):
             for trial in trials[:: 1 if k % 2 else -1]:  # nobody always goes first
-                seconds = trial.block(x, steps if k else 3)  # DDP makes its buckets in the first
+                seconds = trial.block(x, y, steps if k else 3)  # DDP makes its buckets in the first
                 if k:
                     trial.times.append(seconds)
         size = sum(p.numel() for p in trials[0].model.parameters())

@@ -58,7 +58,7 @@ def gramian(rows: Tensor) -> Tensor:
         squares = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
     if squares.device.type == "cpu":
         low, high = squares.diagonal().aminmax()
-        if not (low >= _SMALLEST and high <= _LARGEST):
+        if not (low.item() >= _SMALLEST and high.item() <= _LARGEST):
             wider = rows.double()
             return wider @ wider.T
     return result.add_(squares)
