@@ -142,6 +142,11 @@ class _Piece:
         self.rows: Tensor
         self.narrow: list[Tensor] = []  # like send, in the wire's dtype: to be sent, or gathered
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the weighted sum replaces this rank's own row at home."""
+        return not self.narrow and not self.bucket.blocks
+
 
 class Aggregation:
     """A model's gradient aggregation over a wire: `push` each bucket of a step, then `finish`.
@@ -365,8 +370,7 @@ class Aggregation:
             if piece.narrow:
                 parts = [part[: len(slot)] for part, slot in zip(piece.narrow, parts, strict=True)]
             own = parts[self.wire.rank]
-            in_place = not piece.narrow and not bucket.blocks
-            weighted_sum(rows, weights, out=own, own=self.wire.rank if in_place else None)
+            weighted_sum(rows, weights, out=own, own=self.wire.rank if piece.in_place else None)
             piece.reduced = True
             if not piece.narrow:
                 self._take_back(piece)
@@ -444,7 +448,9 @@ class Aggregation:
             return
         self._arrive_piece(piece)
         assert piece.home is not None
-        piece.home.copy_(piece.rows)
+        for j, (home, row) in enumerate(zip(piece.home, piece.rows, strict=True)):
+            if j != self.wire.rank or not piece.in_place:  # else it is at home
+                home.copy_(row)
         piece.rows = piece.home
         self._take_back(piece)
 

@@ -202,10 +202,11 @@ def test_a_round_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> Non
             self.name, self.options, self.model, self.state = name, options, net, None
             self.times: list[float] = []
 
-        def block(self, x: Any, steps: int) -> float:
+        def block(self, x: Any, y: Any, steps: int) -> float:
             return next(times)
 
     monkeypatch.setattr(bench, "Trial", Trial)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     contest = {"plain DDP": None, "no-op hook": None, "other": {}}
     rows = bench.compare(100, 1, 2, 3, 1, contest, torch.device("cpu"))
     found = {row["variant"]: (row["seconds"], row["ratio"], row["quartiles"]) for row in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -173,12 +176,27 @@ def test_slurm(tmp_path: Path) -> None:
             )
 
 
-def test_the_manifest_is_what_trainer_expects() -> None:
+def test_the_train_job_is_what_trainer_expects() -> None:
     models = pytest.importorskip("kubeflow_trainer_api.models")
     manifest = pytest.importorskip("yaml").safe_load((LAUNCH / "trainjob.yaml").read_text())
     # What a model does not know it leaves out, so that an equal dictionary has no unknown key.
     assert models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict() == manifest
     assert models.TrainerV1alpha1TrainJob.from_dict({**manifest, "sepc": {}}).to_dict() == manifest
+
+
+def test_the_pytorch_job_is_what_the_training_operator_expects() -> None:
+    models = pytest.importorskip("kubeflow.training.models")
+    client = pytest.importorskip("kubeflow.training.api_client").ApiClient()
+    manifest = pytest.importorskip("yaml").safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+
+    def known(value: Any) -> Any:
+        """What is left where the models leave out what they do not know."""
+        answer = SimpleNamespace(data=json.dumps(value))
+        job = client.deserialize(answer, models.KubeflowOrgV1PyTorchJob)
+        return client.sanitize_for_serialization(job)
+
+    assert known(manifest) == manifest
+    assert known({**manifest, "sepc": {}}) == manifest
 
 
 @pytest.mark.root
