@@ -261,18 +261,22 @@ class Aggregation:
             self._advance(buckets)
             for bucket in buckets[-2:-1]:
                 self._arrive(bucket)
+        # First, so that the last Gramian does not queue behind the gather before it.
+        self._arrive(buckets[-1])
+        if self.state.scope == "global" and not self.state.averaging:
+            total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
+            buckets[0].sum = start_sum(self.wire, total)
         if self._one_by_one:
-            # First, so that the last Gramian does not queue behind the gather before it.
-            self._arrive(buckets[-1])
             for bucket in buckets[-2:]:
                 self._reduce(bucket)
         else:
-            self._arrive(buckets[-1])
-            total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
-            weights = weights_of_sum(self.state, start_sum(self.wire, total), self.size)
+            weights = weights_of_sum(self.state, buckets[0].sum, self.size)
             for bucket in buckets:
                 bucket.weights = weights
                 self._reduce(bucket)
+        if self._uniform and not self.state.averaging:
+            for bucket in buckets if self.state.scope == "bucket" else buckets[:1]:
+                bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)
         for bucket in buckets:
             bucket.transfer.wait()
             for piece in bucket.pieces:
@@ -286,7 +290,13 @@ class Aggregation:
     @property
     def _one_by_one(self) -> bool:
         """Whether a bucket's weights do not depend on other buckets."""
-        return self.state.scope == "bucket" or self.state.averaging
+        return self.state.scope == "bucket" or self._uniform
+
+    @property
+    def _uniform(self) -> bool:
+        """Whether the weights are known before the Gramian, which is only recorded, if at all."""
+        state = self.state
+        return state.averaging or (state.weighting == "mean" and state.nonfinite == "propagate")
 
     @property
     def _depth(self) -> int:
@@ -353,7 +363,7 @@ class Aggregation:
 
     def _reduce(self, bucket: _Bucket) -> None:
         """Replace this rank's columns by their weighted sum, and start to gather all columns."""
-        if self.state.averaging:
+        if self._uniform:
             bucket.weights = uniform(self.size)
         elif self.state.scope == "bucket":
             bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)

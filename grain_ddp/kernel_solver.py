@@ -85,7 +85,8 @@ def _weigh(gramian, limit, result, n, RULE: tl.constexpr, DROP: tl.constexpr, N:
     for wide in tl.static_range(2):
         rounding = 16 * (_EPS * _EPS if wide else 2.0**-46)
         zero = (square <= rounding * largest) & (propagate == 0)
-        tl.store(result + (1 + wide) * n + k, tl.where(zero, 0.0, w), mask=there)
+        factors = w if RULE == "mean" else tl.where(zero, 0.0, w)
+        tl.store(result + (1 + wide) * n + k, factors, mask=there)
     tl.store(result + 3 * n, exact)
 
 

@@ -34,8 +34,10 @@ class Weights:
         """What to multiply the groups' gradients of that dtype with, ``[n]``: the weights.
 
         Or zeros, where the aggregate d is zero to rounding: else its rounding errors would come
-        out, which point anywhere, against some gradient too.
+        out, which point anywhere, against some gradient too. The mean stays what it is.
         """
+        if self.status == "mean":
+            return self.weights
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
         gramian, weights = self.gramian, self.weights
         if len(self.active) < len(weights):

@@ -249,6 +249,32 @@ def test_monitor_mode_is_the_mean_and_records() -> None:
         assert all(error < bound for _, error in returned)
 
 
+def all_but_cancel(scope: str) -> None:
+    state = GrainState(weighting="mean", scope=scope)
+    aggregation = Aggregation(state, TorchWire(dist.group.WORLD))
+    buffers = [gradient(0, step, 1000) for step in range(3)]
+    if dist.get_rank():
+        for buffer in buffers:
+            buffer.mul_(-1 - 2**-23)
+    means = [buffer / 2 for buffer in buffers]
+    for mean in means:
+        dist.all_reduce(mean)
+    for buffer in buffers:
+        aggregation.push(buffer)
+    record = aggregation.finish()
+    assert record is not None
+    assert (record.weights == 0.5).all()
+    for buffer, mean in zip(buffers, means, strict=True):
+        assert mean.any()
+        torch.testing.assert_close(buffer, mean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["global", "bucket"])
+def test_monitor_mode_is_the_mean_to_the_last_bit(scope: str) -> None:
+    """Also where GRAIN would call what is left a zero gradient."""
+    run(2, all_but_cancel, scope)
+
+
 def disagree(name: str, values: list[Any]) -> None:
     aggregate({name: values[dist.get_rank()]}, [torch.ones(3)])
 

@@ -69,6 +69,8 @@ def test_an_aggregate_that_is_zero_to_rounding_comes_out_as_zero() -> None:
     np.testing.assert_array_equal(opposite.factors(torch.float32), 0)
     assert opposite.factors(torch.float64).sum() == pytest.approx(1)
     assert weigh(gramian_of([1, 0], [-1, 1e-3]), "min_norm").factors(torch.float32).any()
+    mean = weigh(gramian_of([1, 0], [-1, 1e-7]), "mean")
+    np.testing.assert_array_equal(mean.factors(torch.float32), [0.5, 0.5])
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
