@@ -46,7 +46,7 @@ def gramian(rows: Tensor) -> Tensor:
 
         if len(rows) <= kernels.LARGEST:
             return kernels.gramian(rows)
-    size = BLOCK if len(rows) > 4 else BLOCK // 8  # what is faster
+    size = BLOCK // 8 if len(rows) <= 4 and rows.shape[1] >= BLOCK else BLOCK  # what is faster
     whole = 0 if rows.dtype == torch.float64 else rows.shape[1] // size
     rest = rows[:, whole * size :].double()
     result = rest @ rest.T
