@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
     if options.smoke:
-        compare(bench([""], 2, ["--quick", "--monitor"], "127.0.0.1"))
+        compare(bench([""], 2, ["--quick", "--record-every"], "127.0.0.1"))
         return
     what = ["--parameters", options.parameters, "--rounds", options.rounds, "--steps", "3"]
     what += ["--record-every", "--groups", *options.groups]
