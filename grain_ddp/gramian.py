@@ -78,12 +78,11 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = N
         return
     wide = rows if rows.dtype == torch.float64 else rows.float()
     weights = weights.to(wide.dtype)
-    if out.dtype != wide.dtype:
+    waits = own is not None and out.device.type != "cpu"  # the host would, for the own factor
+    if out.dtype != wide.dtype or waits:
         out.copy_(torch.mv(wide.T, weights))
     elif own is None:
         torch.mv(wide.T, weights, out=out)
-    elif out.device.type != "cpu":  # whose host would have to wait for the factor
-        out.copy_(torch.mv(wide.T, weights))
     else:
         scale = float(weights[own])
         for others in (slice(own), slice(own + 1, None)):
