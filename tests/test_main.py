@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,19 +82,12 @@ def test_errors_are_sentences(
     arguments: list[str],
     status: int,
     expected: str,
-    capsys: pytest.CaptureFixture[str],
+    refuses: Callable[[list[str], int, str], None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        found: object = main(arguments)
-    except SystemExit as end:
-        found = end.code
-    assert found == status
-    err = capsys.readouterr().err
-    assert expected in err
-    assert "Traceback" not in err
+    refuses(arguments, status, expected)
 
 
 def test_a_reader_may_leave(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,20 +252,13 @@ def test_errors_are_sentences(
     arguments: list[str],
     status: int,
     expected: str,
-    capsys: pytest.CaptureFixture[str],
+    refuses: Callable[[list[str], int, str], None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text("{}")
-    try:
-        found: object = main(["plan", *arguments])
-    except SystemExit as end:
-        found = end.code
-    assert found == status
-    err = capsys.readouterr().err
-    assert expected in err
-    assert "Traceback" not in err
+    refuses(["plan", *arguments], status, expected)
 
 
 def test_a_link_that_nobody_measured() -> None:
