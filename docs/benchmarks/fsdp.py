@@ -9,20 +9,17 @@ are counted. Memory is that of tensors, as PyTorch's profiler counts it.
 """
 
 import argparse
-import fcntl
 import itertools
 import multiprocessing
 import os
 import platform
-import socket
 import statistics
-import struct
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common.loopback import loopback_up, measure, sent
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
@@ -32,21 +29,6 @@ from grain_ddp import GrainState, fsdp
 LAYERS = 8
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["grain_ddp.fsdp", "torch._dynamo"])
-
-
-def loopback_up() -> None:
-    """In a network namespace of one's own the interface exists, but is down."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        request = struct.pack("16sh14x", b"lo", 0)
-        flags = struct.unpack("16sh14x", fcntl.ioctl(s, 0x8913, request))[1]
-        if not flags & 1:
-            fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", flags | 1))
-
-
-def sent() -> int:
-    """Bytes that the loopback interface has sent."""
-    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x)
-    return int(line.split(":")[1].split()[8])
 
 
 def memory(step) -> int:
@@ -97,22 +79,6 @@ def work(rank, n, folder, width, steps, options, results) -> None:
     os._exit(0)
 
 
-def measure(n: int, *arguments) -> tuple[float, int, float]:
-    """(seconds, bytes of memory, bytes sent per rank) of a step."""
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=work, args=(rank, n, folder, *arguments, results))
-            for rank in range(n)
-        ]
-        for process in ranks:
-            process.start()
-        every = [results.get(timeout=300) for _ in ranks]
-        for process in ranks:
-            process.join(60)
-    return tuple(max(values) for values in zip(*every, strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
@@ -143,7 +109,9 @@ def main() -> None:
         "monitor mode": {"weighting": "mean"},
         "min-norm, bf16 on the wire": {"wire_dtype": torch.bfloat16},
     }.items():
-        seconds, peak, wire = measure(options.ranks, options.width, options.steps, state)
+        seconds, peak, wire = measure(
+            context, work, options.ranks, options.width, options.steps, state
+        )
         plain = plain or seconds
         print(
             f"| {name} | {wire / 2**20:.2f} | {peak / 2**20:.1f} "

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from common.loopback import sent
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,12 +38,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "grain_ddp"])
-
-
-def sent() -> int:
-    """Bytes that the loopback interface has sent."""
-    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x)
-    return int(line.split(":")[1].split()[8])
 
 
 def work(

@@ -9,42 +9,24 @@ the most that a rank's resident memory grows in a step, over what it holds when 
 """
 
 import argparse
-import fcntl
 import multiprocessing
 import os
 import platform
-import socket
 import statistics
-import struct
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common.loopback import loopback_up, measure, sent
 from torch import nn
 
 LAYERS = 8
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # a freed tensor's memory is the system's again
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx"])
-
-
-def loopback_up() -> None:
-    """In a network namespace of one's own the interface exists, but is down."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        request = struct.pack("16sh14x", b"lo", 0)
-        flags = struct.unpack("16sh14x", fcntl.ioctl(s, 0x8913, request))[1]
-        if not flags & 1:
-            fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", flags | 1))
-
-
-def sent() -> int:
-    """Bytes that the loopback interface has sent."""
-    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x)
-    return int(line.split(":")[1].split()[8])
 
 
 def memory(field: str) -> int:
@@ -101,22 +83,6 @@ def work(rank, n, folder, width, steps, stage, grain, bucket, results) -> None:
     os._exit(0)
 
 
-def measure(n: int, *arguments) -> tuple[float, int, float]:
-    """(seconds, bytes of memory, bytes sent per rank) of a step."""
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=work, args=(rank, n, folder, *arguments, results))
-            for rank in range(n)
-        ]
-        for process in ranks:
-            process.start()
-        every = [results.get(timeout=300) for _ in ranks]
-        for process in ranks:
-            process.join(60)
-    return tuple(max(values) for values in zip(*every, strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
@@ -145,7 +111,7 @@ def main() -> None:
             "global": {"scope": "global"},
         }.items():
             arguments = options.width, options.steps, stage, grain, options.bucket
-            seconds, peak, wire = measure(options.ranks, *arguments)
+            seconds, peak, wire = measure(context, work, options.ranks, *arguments)
             plain = plain or seconds
             print(
                 f"| {stage} | {name} | {wire / 2**20:.2f} | {peak / 2**20:.1f} "
