@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grain_ddp.gramian import gramian, weighted_sum
+from grain_ddp.gramian import few, gramian, weighted_sum
 from grain_ddp.groups import Inside, Slice, partition
 from grain_ddp.passes import Parts, Passes
 from grain_ddp.record import PendingRecord, StepRecord
@@ -177,6 +177,7 @@ class Aggregation:
         self._buckets: list[_Bucket] = []
         self._holders: dict[_Piece, None] = {}  # of scratch, the oldest first
         self._scratch = Scratch()
+        self._largest = 0  # bytes of a bucket, in this step or the last one
         self._passes.drop()
         if self._inside is not None:
             self._inside.drop()
@@ -237,6 +238,7 @@ class Aggregation:
             if self._stream is not None:
                 torch.cuda.current_stream(device).wait_stream(self._stream)
             buckets, self._buckets = self._buckets, []
+            self._largest = max(bucket.own.nbytes for bucket in buckets)
         except BaseException:
             self.drop()
             raise
@@ -353,13 +355,18 @@ class Aggregation:
     def _arrive_piece(self, piece: _Piece) -> None:
         if piece.arrived:
             return
-        if self.wire.size > 1:
-            send = piece.narrow or piece.send
-            piece.rows[self.wire.rank].copy_(send[self.wire.rank])
+        me = self.wire.rank
+        own = (piece.narrow or piece.send)[me]
+        apart = piece.in_place and few(own, self.wire.size)
+        if self.wire.size > 1 and not apart:
+            piece.rows[me].copy_(own)
         piece.transfer.wait()
         piece.arrived = True
-        if not self.state.averaging:
-            piece.bucket.gramian += gramian(self._matrix(piece))
+        if self.state.averaging:
+            return
+        if apart:
+            rows = [own if j == me else row for j, row in enumerate(piece.rows.unbind())]
+        piece.bucket.gramian += gramian(rows if apart else self._matrix(piece))
 
     def _reduce(self, bucket: _Bucket) -> None:
         """Replace this rank's columns by their weighted sum, and start to gather all columns."""
@@ -421,10 +428,10 @@ class Aggregation:
         matrix = own[: columns * n].view(n, columns)
         pieces = []
         for k, slices in enumerate(cut(len(own), n, self._message(own))):
-            slots = send = [own[one] for one in slices]
             home = matrix[:, slices[0]] if slices[0] != slice(0, 0) else None
+            slots = send = [own[one] for one in slices] if home is None else home.unbind()
             if bucket.blocks:
-                send = list(bucket.blocks[k].split_with_sizes([m * len(slot) for slot in slots]))
+                send = bucket.blocks[k].split_with_sizes([m * len(slot) for slot in slots])
                 home = bucket.blocks[k].view(n, -1) if home is not None else None
             pieces.append(_Piece(bucket, slots, send, home))
         return pieces
@@ -434,21 +441,22 @@ class Aggregation:
         buffer, n = piece.bucket.buffer, self.wire.size
         narrow = self._narrow(piece.bucket)
         dtype = narrow or buffer.dtype
-        lengths = [len(columns) for columns in piece.send]
-        width = lengths[self.wire.rank]
-        count = (n * width + (sum(lengths) if narrow else 0)) * dtype.itemsize
+        lengths = [columns.shape[0] for columns in piece.send] if narrow else []
+        width = piece.send[self.wire.rank].shape[0]
+        count = (n * width + sum(lengths)) * dtype.itemsize
         if piece.home is None:  # a few columns, which have no home to return to
             memory = torch.empty(count, dtype=torch.uint8, device=buffer.device)
         else:
-            largest = max(bucket.own.nbytes for bucket in self._buckets)
+            self._largest = max(self._largest, piece.bucket.own.nbytes)
             widened = n * width * buffer.itemsize if narrow else 0  # by the passes, one piece's
-            limit = max(min(self._limit - widened, 2 * largest), count)
+            limit = max(min(self._limit - widened, 2 * self._largest), count)
             while self._scratch.lent + count > limit:
                 self._release(next(iter(self._holders)))
             memory = piece.scratch = self._scratch.lend(count, buffer.device, limit)
             self._holders[piece] = None
         flat = memory.view(dtype)
-        piece.narrow = list(flat[n * width :].split_with_sizes(lengths)) if narrow else []
+        if narrow:
+            piece.narrow = list(flat[n * width : count // dtype.itemsize].split_with_sizes(lengths))
         return flat[: n * width].view(n, width)
 
     def _release(self, piece: _Piece) -> None:

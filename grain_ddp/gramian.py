@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 4096
@@ -34,34 +36,65 @@ def _has_triton() -> bool:
     return (int(major), int(minor)) >= (3, 7)  # the oldest that the kernels were tested with
 
 
-def gramian(rows: Tensor) -> Tensor:
+def gramian(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """``rows @ rows.T`` in float64 ``[n, n]`` of rows ``[n, c]`` of any floating dtype.
 
     Products of fp32 and narrower rows are summed in fp32 over short blocks and in fp64 over the
     blocks: as fast as one fp32 matrix product, and good to 1e-7. What is left of a block is
     done in fp64; so are rows whose squares leave the range of fp32, on a CPU or by a kernel.
+
+    Rows that do not lie in one matrix are brought together, unless there are `few` of them.
     """
+    n, columns = len(rows), rows[0].shape[0]
+    if columns >= BLOCK and few(rows[0], n):
+        squares = _products([row.numpy() for row in rows])
+        return (
+            squares if _in_range(squares) else gramian(torch.stack([row.double() for row in rows]))
+        )
+    if not isinstance(rows, Tensor):
+        rows = torch.stack(tuple(rows))
     if has_kernels(rows) and rows.dtype != torch.float64:
         from grain_ddp import kernels
 
-        if len(rows) <= kernels.LARGEST:
+        if n <= kernels.LARGEST:
             return kernels.gramian(rows)
-    size = BLOCK // 8 if len(rows) <= 4 and rows.shape[1] >= BLOCK else BLOCK  # what is faster
-    whole = 0 if rows.dtype == torch.float64 else rows.shape[1] // size
-    rest = rows[:, whole * size :].double()
-    result = rest @ rest.T
+    size = BLOCK // 8 if n <= 4 and columns >= BLOCK else BLOCK  # what is faster
+    whole = 0 if rows.dtype == torch.float64 else columns // size
     if not whole:
-        return result
+        wide = rows.double()
+        return wide @ wide.T
     wide = rows.float()
-    blocks = wide.as_strided((whole, len(wide), size), (size, wide.stride(0), 1))
+    blocks = wide.as_strided((whole, n, size), (size, wide.stride(0), 1))
     with _full_precision():
         squares = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
-    if squares.device.type == "cpu":
-        low, high = squares.diagonal().aminmax()
-        if not (low.item() >= _SMALLEST and high.item() <= _LARGEST):
-            wider = rows.double()
-            return wider @ wider.T
-    return result.add_(squares)
+    if rows.device.type == "cpu" and not _in_range(squares):
+        return gramian(rows.double())
+    if whole * size < columns:
+        squares += gramian(rows[:, whole * size :])
+    return squares
+
+
+def few(row: Tensor, n: int) -> bool:
+    """Whether the Gramian of n rows like this one is as fast if each lies somewhere else."""
+    return n <= 3 and row.dtype == torch.float32 and row.device.type == "cpu"
+
+
+def _products(rows: Sequence[NDArray[np.float32]]) -> Tensor:
+    """The Gramian row by row, in blocks that stay in a core's cache. BLAS sums 64 at a time."""
+    sums = [[0.0] * len(rows) for _ in rows]
+    with np.errstate(all="ignore"):  # NaN and inf are told by the result
+        for start in range(0, len(rows[0]), 8 * BLOCK):
+            parts = [row[start : start + 8 * BLOCK] for row in rows]
+            for i, one in enumerate(parts):
+                for j in range(i + 1):
+                    sums[i][j] += float(one.dot(parts[j]))
+    lower = torch.tensor(sums, dtype=torch.float64)
+    return lower + lower.tril(-1).T
+
+
+def _in_range(gramian: Tensor) -> bool:
+    """Whether the squares have stayed in the range of fp32."""
+    return all(_SMALLEST <= square <= _LARGEST for square in gramian.diagonal().tolist())
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = None) -> None:
@@ -85,9 +118,9 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = N
         torch.mv(wide.T, weights, out=out)
     else:
         scale = float(weights[own])
-        for others in (slice(own), slice(own + 1, None)):
-            if len(wide[others]):
-                out.addmv_(wide[others].T, weights[others], beta=scale)
+        for start, stop in ((0, own), (own + 1, len(weights))):
+            if start < stop:
+                out.addmv_(wide[start:stop].T, weights[start:stop], beta=scale)
                 scale = 1.0
 
 

@@ -88,7 +88,7 @@ class Inside:
             while part.arriving and self._scratch.lent + size > limit:
                 self._reduce(part)
             memory = self._scratch.lend(size, buffer.device, limit)
-            rows = memory.view(send[me].dtype).view(k, home.numel())
+            rows = memory[:size].view(send[me].dtype).view(k, home.numel())
             rows[me].copy_(send[me])
             part.arriving.append((home, memory, self.wire.exchange(send, rows.unbind())))
         return part
@@ -101,7 +101,8 @@ class Inside:
     def _reduce(self, part: Slice) -> None:
         (home, memory, transfer), k = part.arriving.popleft(), self.wire.size
         transfer.wait()
-        rows = memory.view(part.narrow or part.buffer.dtype).view(k, home.numel())
+        dtype = part.narrow or part.buffer.dtype
+        rows = memory.view(dtype)[: k * home.numel()].view(k, home.numel())
         weights = torch.full((k,), 1 / k, dtype=torch.float64, device=home.device)
         weighted_sum(rows, weights, out=home)
         self._scratch.take_back(memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -349,6 +350,21 @@ def freed() -> bool:
 
 def test_a_finished_bucket_does_not_wait_for_the_garbage_collector() -> None:
     assert run(2, freed) == [True, True]
+
+
+def memory_taken() -> int:
+    """Allocations in the last of three steps, whose first bucket is a small one."""
+    aggregation = Aggregation(GrainState(), TorchWire(dist.group.WORLD))
+    for _ in range(3):
+        with mock.patch.object(torch, "empty", wraps=torch.empty) as empty:
+            for length in (100, 1000, 1000):
+                aggregation.push(torch.ones(length))
+            aggregation.finish()
+    return empty.call_count
+
+
+def test_scratch_is_kept_from_step_to_step() -> None:
+    assert run(2, memory_taken) == [0, 0]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])

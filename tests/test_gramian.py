@@ -24,12 +24,30 @@ def test_rows_may_be_columns_of_a_wider_matrix() -> None:
     torch.testing.assert_close(gramian(part), exact, rtol=1e-6, atol=1e-2)
 
 
-def test_correlated_rows_keep_their_differences() -> None:
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_correlated_rows_keep_their_differences(n: int) -> None:
     """What the weights depend on: fp32 throughout would leave an error of 6e-5 here."""
     common = torch.randn(1, 1_000_000)
-    rows = common + 1e-2 * torch.randn(4, 1_000_000)
+    rows = common + 1e-2 * torch.randn(n, 1_000_000)
     exact = rows.double() @ rows.double().T
     assert ((gramian(rows) - exact).abs().max() / exact.max()).item() < 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("columns", [0, 17, 3 * BLOCK + 5])
+def test_rows_need_not_lie_in_a_matrix(columns: int, n: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(n, columns).to(dtype)
+    assert torch.equal(gramian([row.clone() for row in rows]), gramian(rows))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30, 1e-30])
+def test_no_warning_of_what_leaves_fp32(bad: float, n: int) -> None:
+    rows = torch.randn(n, 2 * BLOCK)
+    rows[1] *= bad
+    wide = rows.double()
+    torch.testing.assert_close(gramian(rows), wide @ wide.T, rtol=1e-6, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e18, 1e25])
