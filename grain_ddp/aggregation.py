@@ -122,24 +122,21 @@ class _Piece:
 
     ``slots[j]`` is where rank j's columns are in the bucket's buffer. ``send[j]`` is what rank j
     gets: the same, or the columns of several passes one after the other. `home` is all of `send` as
-    a matrix ``[n, c]``, or None for the columns left over when n does not divide the bucket. `rows`
-    is what arrived, ``[n, c]``: row j is rank j's gradient in this rank's columns. They are in
-    scratch at first, and at home, whose own contents have been sent by then, when the scratch is
-    wanted for other rows.
+    a matrix, with a row for each group, but for the few columns that are left over where n does not
+    divide the bucket. `rows` is what arrived: row i is group i's gradient in this rank's columns.
+    They are in scratch at first, and at home, whose own contents have been sent by then, when the
+    scratch is wanted for other rows; what is left over is the `tail` then.
     """
 
     def __init__(
-        self,
-        bucket: _Bucket,
-        slots: Sequence[Tensor],
-        send: Sequence[Tensor],
-        home: Tensor | None,
+        self, bucket: _Bucket, slots: Sequence[Tensor], send: Sequence[Tensor], home: Tensor
     ) -> None:
         self.bucket, self.slots, self.send, self.home = bucket, slots, send, home
         self.transfer = Transfer()
         self.arrived = self.reduced = False
         self.scratch: Tensor | None = None
         self.rows: Tensor
+        self.tail: Tensor | None = None
         self.narrow: list[Tensor] = []  # like send, in the wire's dtype: to be sent, or gathered
 
     @property
@@ -321,7 +318,7 @@ class Aggregation:
         buffer, narrow = bucket.buffer, narrow_dtype(self.state, bucket.buffer)
         if self.state.averaging and narrow is None:
             if bucket.blocks:
-                self._passes.mean(bucket.blocks, buffer)
+                self._passes.mean(bucket.blocks, buffer, self._message(buffer))
             whole = self.wire.whole
             bucket.transfer = whole.all_reduce(buffer.div_(whole.size))
         elif self._inside is not None:
@@ -334,16 +331,16 @@ class Aggregation:
     def _send(self, bucket: _Bucket) -> None:
         """Start the transpose: rank j's columns of this rank's gradient to rank j."""
         bucket.pieces = self._cut(bucket)
+        n = self.wire.size
         for piece in bucket.pieces:
-            if self.wire.size == 1:
-                assert piece.home is not None
+            if n == 1:
                 piece.rows = piece.home
                 continue
             piece.rows = self._lend(piece)
             for part, columns in zip(piece.narrow, piece.send, strict=False):
                 part.copy_(columns)
-            send = piece.narrow or piece.send
-            piece.transfer = self.wire.exchange(send, piece.rows.unbind())
+            receive = piece.rows.view(n, piece.rows.numel() // n).unbind()
+            piece.transfer = self.wire.exchange(piece.narrow or piece.send, receive)
 
     def _arrive(self, bucket: _Bucket) -> None:
         """Complete the transpose; start to sum the Gramian, if it is the bucket's own."""
@@ -355,18 +352,20 @@ class Aggregation:
     def _arrive_piece(self, piece: _Piece) -> None:
         if piece.arrived:
             return
-        me = self.wire.rank
+        me, rows = self.wire.rank, piece.rows
         own = (piece.narrow or piece.send)[me]
-        apart = piece.in_place and few(own, self.wire.size)
+        apart = piece.in_place and few(own, self.size)
         if self.wire.size > 1 and not apart:
-            piece.rows[me].copy_(own)
+            m = self.state.microbatches
+            rows[me * m : me * m + m] = own.view(m, rows.shape[1])
         piece.transfer.wait()
         piece.arrived = True
         if self.state.averaging:
             return
         if apart:
-            rows = [own if j == me else row for j, row in enumerate(piece.rows.unbind())]
-        piece.bucket.gramian += gramian(rows if apart else self._matrix(piece))
+            piece.bucket.gramian += gramian([*rows[:me].unbind(), own, *rows[me + 1 :].unbind()])
+        else:
+            piece.bucket.gramian += gramian(rows)
 
     def _reduce(self, bucket: _Bucket) -> None:
         """Replace this rank's columns by their weighted sum, and start to gather all columns."""
@@ -376,18 +375,20 @@ class Aggregation:
             bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)
         if self.size == 1:
             return
-        weights = bucket.weights.factors_for(bucket.buffer)
+        weights, me = bucket.weights.factors_for(bucket.buffer), self.wire.rank
         for piece in bucket.pieces:
-            rows = self._matrix(piece)
-            for j in bucket.weights.dropped:
-                rows[j].zero_()  # 0 · NaN is NaN
             if self._narrow(bucket) is not None and not piece.narrow:
                 self._lend(piece)
             parts = piece.slots
             if piece.narrow:
                 parts = [part[: len(slot)] for part, slot in zip(piece.narrow, parts, strict=True)]
-            own = parts[self.wire.rank]
-            weighted_sum(rows, weights, out=own, own=self.wire.rank if piece.in_place else None)
+            own, start = parts[me], 0
+            for rows in [piece.rows] if piece.tail is None else [piece.rows, piece.tail]:
+                for j in bucket.weights.dropped:
+                    rows[j].zero_()  # 0 · NaN is NaN
+                out = own[start : start + rows.shape[1]]
+                weighted_sum(rows, weights, out, own=me if piece.in_place else None)
+                start += rows.shape[1]
             piece.reduced = True
             if not piece.narrow:
                 self._take_back(piece)
@@ -417,47 +418,40 @@ class Aggregation:
         """The dtype of what travels between the groups, where it is not the bucket's."""
         return narrow_dtype(self.state, bucket.buffer) if self.wire.size > 1 else None
 
-    def _matrix(self, piece: _Piece) -> Tensor:
-        """What arrived as one row for each group."""
-        rows, m = piece.rows, self.state.microbatches
-        return rows if m == 1 else rows.view(self.size, rows.shape[1] // m)
-
     def _cut(self, bucket: _Bucket) -> list[_Piece]:
         own, n, m = bucket.own, self.wire.size, self.state.microbatches
         columns = len(own) // n
         matrix = own[: columns * n].view(n, columns)
         pieces = []
         for k, slices in enumerate(cut(len(own), n, self._message(own))):
-            home = matrix[:, slices[0]] if slices[0] != slice(0, 0) else None
-            slots = send = [own[one] for one in slices] if home is None else home.unbind()
+            home = matrix[:, slices[0]]
+            slots: Sequence[Tensor] = [*home[:-1].unbind(), own[slices[-1]]]
+            send = slots
             if bucket.blocks:
                 send = bucket.blocks[k].split_with_sizes([m * len(slot) for slot in slots])
-                home = bucket.blocks[k].view(n, -1) if home is not None else None
+                home = bucket.blocks[k][: m * home.numel()].view(self.size, home.shape[1])
             pieces.append(_Piece(bucket, slots, send, home))
         return pieces
 
     def _lend(self, piece: _Piece) -> Tensor:
-        """Scratch for the rows of a piece [n, c]; and for `narrow`, where the wire's dtype is."""
-        buffer, n = piece.bucket.buffer, self.wire.size
+        """Scratch for the rows of a piece; and for `narrow`, where the wire's dtype is."""
+        buffer = piece.bucket.buffer
         narrow = self._narrow(piece.bucket)
         dtype = narrow or buffer.dtype
         lengths = [columns.shape[0] for columns in piece.send] if narrow else []
-        width = piece.send[self.wire.rank].shape[0]
-        count = (n * width + sum(lengths)) * dtype.itemsize
-        if piece.home is None:  # a few columns, which have no home to return to
-            memory = torch.empty(count, dtype=torch.uint8, device=buffer.device)
-        else:
-            self._largest = max(self._largest, piece.bucket.own.nbytes)
-            widened = n * width * buffer.itemsize if narrow else 0  # by the passes, one piece's
-            limit = max(min(self._limit - widened, 2 * self._largest), count)
-            while self._scratch.lent + count > limit:
-                self._release(next(iter(self._holders)))
-            memory = piece.scratch = self._scratch.lend(count, buffer.device, limit)
-            self._holders[piece] = None
-        flat = memory.view(dtype)
+        size = self.wire.size * piece.send[self.wire.rank].shape[0]  # of all rows
+        count = (size + sum(lengths)) * dtype.itemsize
+        self._largest = max(self._largest, piece.bucket.own.nbytes)
+        widened = size * buffer.itemsize if narrow else 0  # by the passes, one piece's
+        limit = max(min(self._limit - widened, 2 * self._largest), count)
+        while self._scratch.lent + count > limit:
+            self._release(next(iter(self._holders)))
+        piece.scratch = self._scratch.lend(count, buffer.device, limit)
+        self._holders[piece] = None
+        flat = piece.scratch.view(dtype)[: count // dtype.itemsize]
         if narrow:
-            piece.narrow = list(flat[n * width : count // dtype.itemsize].split_with_sizes(lengths))
-        return flat[: n * width].view(n, width)
+            piece.narrow = list(flat[size:].split_with_sizes(lengths))
+        return flat[:size].view(self.size, size // self.size)
 
     def _release(self, piece: _Piece) -> None:
         """Do what lets a piece give back its scratch."""
@@ -465,11 +459,13 @@ class Aggregation:
             self._complete(piece)
             return
         self._arrive_piece(piece)
-        assert piece.home is not None
-        for j, (home, row) in enumerate(zip(piece.home, piece.rows, strict=True)):
-            if j != self.wire.rank or not piece.in_place:  # else it is at home
-                home.copy_(row)
+        rows, columns, me = piece.rows, piece.home.shape[1], self.wire.rank
+        parts = (slice(me), slice(me + 1, None)) if piece.in_place else (slice(None),)
+        for part in parts:  # without the own row, if that is at home
+            piece.home[part] = rows[part, :columns]
         piece.rows = piece.home
+        if columns < rows.shape[1]:
+            piece.tail = rows[:, columns:].clone()
         self._take_back(piece)
 
     def _take_back(self, piece: _Piece) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ Key = tuple[tuple[Hashable, int], ...]
 class Passes:
     """The gradients of m passes, laid out as the transpose sends them.
 
-    A bucket is kept as one block for each piece that `cut` gives: ``[n, m, c]``, so that all of
-    rank j's columns are together, and arrive as rows; the columns left over, which are the last
-    rank's, as ``[m, c]``. Buckets may change between two passes, as DDP's do after its first.
+    A bucket is kept as one block for each piece that `cut` gives: for each rank ``[m, c]``, so that
+    all of its columns are together, and arrive as rows. Buckets may change between two passes, as
+    DDP's do after its first.
     """
 
     def __init__(self, n: int, m: int) -> None:
@@ -61,17 +61,10 @@ class Passes:
         self._row(key, self.done, buffer, message, write=True)
         return self._blocks[key]
 
-    def mean(self, blocks: list[Tensor], out: Tensor) -> None:
+    def mean(self, blocks: list[Tensor], out: Tensor, message: int) -> None:
         """The mean of a bucket's passes."""
-        columns, start = len(out) // self.n, 0
-        matrix = out[: columns * self.n].view(self.n, columns)
-        for block in blocks:
-            if start < columns:
-                rows = block.view(self.n, self.m, -1)
-                matrix[:, start : start + rows.shape[2]] = rows.mean(1)
-                start += rows.shape[2]
-            else:
-                out[columns * self.n :] = block.view(self.m, -1).mean(0)
+        for columns, slot in self._slots(blocks, out, message):
+            slot.copy_(columns.mean(0))
 
     def _take_apart(self, names: set[Hashable], message: int) -> None:
         """Split the buckets that hold some of these into their parts."""
@@ -86,15 +79,18 @@ class Passes:
 
     def _row(self, key: Key, i: int, row: Tensor, message: int, *, write: bool) -> None:
         """Copy pass i of a bucket into its blocks, or out of them."""
-        columns = len(row) // self.n
-        matrix = row[: columns * self.n].view(self.n, columns)
-        pieces = cut(len(row), self.n, message)
-        for block, slots in zip(self._blocks[key], pieces, strict=True):
-            if slots[0] != slice(0, 0):
-                kept, part = block.view(self.n, self.m, -1)[:, i], matrix[:, slots[0]]
-            else:
-                kept, part = block.view(self.m, -1)[i], row[slots[-1]]
+        for columns, slot in self._slots(self._blocks[key], row, message):
             if write:
-                kept.copy_(part)
+                columns[i] = slot
             else:
-                part.copy_(kept)
+                slot.copy_(columns[i])
+
+    def _slots(
+        self, blocks: list[Tensor], buffer: Tensor, message: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every rank's columns in the blocks [m, c], and where they are in a bucket [c]."""
+        for block, slots in zip(blocks, cut(len(buffer), self.n, message), strict=True):
+            lengths = [slot.stop - slot.start for slot in slots]
+            parts = block.split_with_sizes([self.m * length for length in lengths])
+            for part, slot, length in zip(parts, slots, lengths, strict=True):
+                yield part.view(self.m, length), buffer[slot]

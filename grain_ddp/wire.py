@@ -71,16 +71,15 @@ def cut(length: int, n: int, message: int) -> list[list[slice]]:
     """Where the slices of n ranks lie in a bucket of that length, in pieces.
 
     ``cut(...)[k][j]`` is piece k of rank j's slice, at most `message` elements long. The slices are
-    equally long; what is left over, fewer than n elements, is a last piece of the last rank alone.
+    equally long; what is left over, fewer than n elements, is in the last rank's last piece too.
     """
     columns = length // n
-    count = -(-columns // message)
-    bounds = [columns * k // count for k in range(count)] + [columns]
+    count = max(-(-columns // message), 1)
+    bounds = [columns * k // count for k in range(count + 1)]
     pieces = [
         [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
     ]
-    if columns * n < length:
-        pieces.append([slice(0, 0)] * (n - 1) + [slice(columns * n, length)])
+    pieces[-1][-1] = slice(pieces[-1][-1].start, length)
     return pieces
 
 

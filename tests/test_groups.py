@@ -411,7 +411,7 @@ def test_passes_survive_other_buckets(n: int) -> None:
         kept._row(tuple(order), i, out, 2, write=False)
         torch.testing.assert_close(out, row)
     out = torch.empty(15)
-    kept.mean(blocks, out)
+    kept.mean(blocks, out, 2)
     torch.testing.assert_close(out, torch.stack(expected).mean(0))
     with pytest.raises(ValueError, match="expected a bucket of 4 elements"):
         kept.add(a, [("d", 4)], 2)
