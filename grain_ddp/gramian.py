@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 4096
@@ -40,61 +39,60 @@ def gramian(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """``rows @ rows.T`` in float64 ``[n, n]`` of rows ``[n, c]`` of any floating dtype.
 
     Products of fp32 and narrower rows are summed in fp32 over short blocks and in fp64 over the
-    blocks: as fast as one fp32 matrix product, and good to 1e-7. What is left of a block is
-    done in fp64; so are rows whose squares leave the range of fp32, on a CPU or by a kernel.
+    blocks: as fast as one fp32 matrix product, and good to 1e-7. Short rows are done in fp64; so
+    are rows whose squares leave the range of fp32, on a CPU or by a kernel.
 
     Rows that do not lie in one matrix are brought together, unless there are `few` of them.
     """
     n, columns = len(rows), rows[0].shape[0]
-    if columns >= BLOCK and few(rows[0], n):
-        squares = _products([row.numpy() for row in rows])
-        return (
-            squares if _in_range(squares) else gramian(torch.stack([row.double() for row in rows]))
-        )
-    if not isinstance(rows, Tensor):
-        rows = torch.stack(tuple(rows))
-    if has_kernels(rows) and rows.dtype != torch.float64:
+    apart = few(rows[0], n)
+    matrix = rows if isinstance(rows, Tensor) else None if apart else torch.stack(tuple(rows))
+    if matrix is not None and has_kernels(matrix) and matrix.dtype != torch.float64:
         from grain_ddp import kernels
 
         if n <= kernels.LARGEST:
-            return kernels.gramian(rows)
+            return kernels.gramian(matrix)
     size = BLOCK // 8 if n <= 4 and columns >= BLOCK else BLOCK  # what is faster
-    whole = 0 if rows.dtype == torch.float64 else columns // size
-    if not whole:
-        wide = rows.double()
-        return wide @ wide.T
-    wide = rows.float()
-    blocks = wide.as_strided((whole, n, size), (size, wide.stride(0), 1))
-    with _full_precision():
-        squares = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
-    if rows.device.type == "cpu" and not _in_range(squares):
-        return gramian(rows.double())
-    if whole * size < columns:
-        squares += gramian(rows[:, whole * size :])
-    return squares
+    if columns >= size and rows[0].dtype != torch.float64:
+        squares = _by_pairs(rows, size) if apart or matrix is None else _by_blocks(matrix, size)
+        if squares.device.type != "cpu":
+            return squares
+        diagonal = squares.diagonal().tolist()
+        if all(_SMALLEST <= square <= _LARGEST for square in diagonal):
+            return squares
+    wide = torch.stack([row.double() for row in rows])
+    return wide @ wide.T
 
 
 def few(row: Tensor, n: int) -> bool:
     """Whether the Gramian of n rows like this one is as fast if each lies somewhere else."""
-    return n <= 3 and row.dtype == torch.float32 and row.device.type == "cpu"
+    fp32 = row.dtype == torch.float32 and row.device.type == "cpu"
+    return n <= 3 and fp32 and hasattr(np, "vecdot")  # NumPy 2
 
 
-def _products(rows: Sequence[NDArray[np.float32]]) -> Tensor:
-    """The Gramian row by row, in blocks that stay in a core's cache. BLAS sums 64 at a time."""
-    sums = [[0.0] * len(rows) for _ in rows]
-    with np.errstate(all="ignore"):  # NaN and inf are told by the result
-        for start in range(0, len(rows[0]), 8 * BLOCK):
-            parts = [row[start : start + 8 * BLOCK] for row in rows]
-            for i, one in enumerate(parts):
-                for j in range(i + 1):
-                    sums[i][j] += float(one.dot(parts[j]))
-    lower = torch.tensor(sums, dtype=torch.float64)
-    return lower + lower.tril(-1).T
+def _by_pairs(rows: Iterable[Tensor], size: int) -> Tensor:
+    """The Gramian of rows of fp32 in blocks of that size, a pair of rows at a time."""
+    values = [row.detach().numpy() for row in rows]
+    whole = len(values[0]) // size * size
+    blocks = [(row[:whole].reshape(-1, size), row[whole:]) for row in values]
+    result = [[0.0] * len(values) for _ in values]
+    with np.errstate(all="ignore"):  # the result tells
+        for i, (one, end) in enumerate(blocks):
+            for j, (other, other_end) in enumerate(blocks[: i + 1]):
+                product = np.vecdot(one, other).sum(dtype=np.float64) + end.dot(other_end)
+                result[i][j] = result[j][i] = float(product)
+    return torch.tensor(result, dtype=torch.float64)
 
 
-def _in_range(gramian: Tensor) -> bool:
-    """Whether the squares have stayed in the range of fp32."""
-    return all(_SMALLEST <= square <= _LARGEST for square in gramian.diagonal().tolist())
+def _by_blocks(rows: Tensor, size: int) -> Tensor:
+    """The Gramian of rows in blocks of that size, all rows at once; the rest in fp64."""
+    wide = rows.float()
+    count = wide.shape[1] // size
+    blocks = wide.as_strided((count, len(wide), size), (size, wide.stride(0), 1))
+    with _full_precision():
+        squares = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
+    rest = rows[:, count * size :].double()
+    return squares.addmm_(rest, rest.T)
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = None) -> None:
