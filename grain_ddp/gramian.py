@@ -67,7 +67,7 @@ def gramian(rows: Tensor | Sequence[Tensor]) -> Tensor:
 def few(row: Tensor, n: int) -> bool:
     """Whether the Gramian of n rows like this one is as fast if each lies somewhere else."""
     fp32 = row.dtype == torch.float32 and row.device.type == "cpu"
-    return n <= 3 and fp32 and hasattr(np, "vecdot")  # NumPy 2
+    return n <= 3 and fp32 and not has_kernels(row) and hasattr(np, "vecdot")  # NumPy 2
 
 
 def _by_pairs(rows: Iterable[Tensor], size: int) -> Tensor:
