@@ -44,24 +44,27 @@ def gramian(rows: Tensor | Sequence[Tensor]) -> Tensor:
 
     Rows that do not lie in one matrix are brought together, unless there are `few` of them.
     """
-    n, columns = len(rows), rows[0].shape[0]
-    apart = few(rows[0], n)
-    matrix = rows if isinstance(rows, Tensor) else None if apart else torch.stack(tuple(rows))
-    if matrix is not None and has_kernels(matrix) and matrix.dtype != torch.float64:
+    n, columns, dtype = len(rows), rows[0].shape[0], rows[0].dtype
+    if has_kernels(rows[0]) and dtype != torch.float64:
         from grain_ddp import kernels
 
         if n <= kernels.LARGEST:
-            return kernels.gramian(matrix)
+            return kernels.gramian(_matrix(rows))
     size = BLOCK // 8 if n <= 4 and columns >= BLOCK else BLOCK  # what is faster
-    if columns >= size and rows[0].dtype != torch.float64:
-        squares = _by_pairs(rows, size) if apart or matrix is None else _by_blocks(matrix, size)
+    if columns >= size and dtype != torch.float64:
+        together = not few(rows[0], n)
+        squares = _by_blocks(_matrix(rows), size) if together else _by_pairs(rows, size)
         if squares.device.type != "cpu":
             return squares
         diagonal = squares.diagonal().tolist()
         if all(_SMALLEST <= square <= _LARGEST for square in diagonal):
             return squares
-    wide = torch.stack([row.double() for row in rows])
+    wide = _matrix(rows).double()
     return wide @ wide.T
+
+
+def _matrix(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.stack(tuple(rows))
 
 
 def few(row: Tensor, n: int) -> bool:

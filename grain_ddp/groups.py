@@ -53,8 +53,8 @@ class Slice:
 
     def __init__(self, buffer: Tensor, own: Tensor, narrow: torch.dtype | None) -> None:
         self.buffer, self.own, self.narrow = buffer, own, narrow
-        # Columns, their memory and messages.
-        self.arriving: deque[tuple[Tensor, Tensor, Transfer]] = deque()
+        # Columns, what arrives for them, its memory and messages.
+        self.arriving: deque[tuple[Tensor, Tensor, Tensor, Transfer]] = deque()
         self.gathered: list[tuple[Tensor, Tensor]] = []  # columns, and what they are copied from
         self.transfer = Transfer()
 
@@ -90,7 +90,7 @@ class Inside:
             memory = self._scratch.lend(size, buffer.device, limit)
             rows = memory[:size].view(send[me].dtype).view(k, home.numel())
             rows[me].copy_(send[me])
-            part.arriving.append((home, memory, self.wire.exchange(send, rows.unbind())))
+            part.arriving.append((home, rows, memory, self.wire.exchange(send, rows.unbind())))
         return part
 
     def reduce(self, part: Slice) -> None:
@@ -99,10 +99,8 @@ class Inside:
             self._reduce(part)
 
     def _reduce(self, part: Slice) -> None:
-        (home, memory, transfer), k = part.arriving.popleft(), self.wire.size
+        (home, rows, memory, transfer), k = part.arriving.popleft(), self.wire.size
         transfer.wait()
-        dtype = part.narrow or part.buffer.dtype
-        rows = memory.view(dtype)[: k * home.numel()].view(k, home.numel())
         weights = torch.full((k,), 1 / k, dtype=torch.float64, device=home.device)
         weighted_sum(rows, weights, out=home)
         self._scratch.take_back(memory)
