@@ -277,6 +277,9 @@ class Aggregation:
             for bucket in buckets if self.state.scope == "bucket" else buckets[:1]:
                 bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)
         for bucket in buckets:
+            for piece in bucket.pieces:
+                piece.transfer.arrive()
+        for bucket in buckets:
             bucket.transfer.wait()
             for piece in bucket.pieces:
                 self._complete(piece)
@@ -358,7 +361,7 @@ class Aggregation:
         if self.wire.size > 1 and not apart:
             m = self.state.microbatches
             rows[me * m : me * m + m] = own.view(m, rows.shape[1])
-        piece.transfer.wait()
+        piece.transfer.arrive()
         piece.arrived = True
         if self.state.averaging:
             return
@@ -379,6 +382,7 @@ class Aggregation:
         for piece in bucket.pieces:
             if self._narrow(bucket) is not None and not piece.narrow:
                 self._lend(piece)
+            piece.transfer.wait()
             parts = piece.slots
             if piece.narrow:
                 parts = [part[: len(slot)] for part, slot in zip(piece.narrow, parts, strict=True)]
@@ -459,6 +463,7 @@ class Aggregation:
             self._complete(piece)
             return
         self._arrive_piece(piece)
+        piece.transfer.wait()
         rows, columns, me = piece.rows, piece.home.shape[1], self.wire.rank
         parts = (slice(me), slice(me + 1, None)) if piece.in_place else (slice(None),)
         for part in parts:  # without the own row, if that is at home

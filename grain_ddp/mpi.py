@@ -119,10 +119,9 @@ class _Messages(Transfer):
         super().__init__(tensors=tensors)
         self._requests = requests
 
-    def wait(self) -> None:
+    def arrive(self) -> None:
         MPI.Request.Waitall(self._requests)
         self._requests = []
-        super().wait()
 
 
 class MpiWire(Wire):

@@ -8,13 +8,17 @@ import hashlib
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from grain_ddp import neighbours
+from grain_ddp.neighbours import Neighbours
 
 # A Gramian is gathered whole up to this many ranks (n³/2 numbers in one round), and summed by an
 # all-reduce (n² numbers, more rounds) beyond it.
@@ -35,36 +39,49 @@ def default_group() -> dist.ProcessGroup:
     return group
 
 
+Message = tuple[Callable[[], object], int | None]
+"""What waits for a message, and which rank is at its other end, if it is one."""
+
+
 class Transfer:
     """Messages under way. `wait` returns when all have been sent and received.
 
     On a CPU it blocks, at most for the process group's timeout; on a GPU it makes the current
-    stream wait. The tensors are kept alive until then. ``peers[k]`` is the rank at the other end
-    of ``works[k]``, where there is one.
+    stream wait. The tensors are kept alive until then. What is sent must not change until then.
     """
 
     def __init__(
         self,
-        works: Sequence[dist.Work] = (),
+        receiving: Sequence[Message] = (),
         tensors: Sequence[Tensor] = (),
-        peers: Sequence[int] = (),
+        sending: Sequence[Message] = (),
     ) -> None:
-        self._works, self._tensors, self._peers = works, tensors, peers
+        self._receiving, self._sending, self._tensors = receiving, sending, tensors
+
+    def arrive(self) -> None:
+        """Return when all has been received. Raises what `wait` does."""
+        _wait_for(self._receiving)
+        self._receiving = ()
 
     def wait(self) -> None:
         """RuntimeError, with the backend's own as its cause, if another rank is lost."""
-        for k, work in enumerate(self._works):
-            try:
-                work.wait()
-            except RuntimeError as error:
-                lost = f"rank {self._peers[k]}" if self._peers else "another rank"
-                raise RuntimeError(
-                    f"grain_ddp: lost the connection to {lost}: it has died or hangs, or the "
-                    "network is cut. No parameter of this rank has changed in this step. Look for "
-                    "the first error of all ranks, and resume from a checkpoint. "
-                    f"The backend says: {error}"
-                ) from error
-        self._works = self._tensors = self._peers = ()
+        self.arrive()
+        _wait_for(self._sending)
+        self._sending = self._tensors = ()
+
+
+def _wait_for(messages: Sequence[Message]) -> None:
+    for wait, rank in messages:
+        try:
+            wait()
+        except (RuntimeError, OSError) as error:
+            lost = "another rank" if rank is None else f"rank {rank}"
+            raise RuntimeError(
+                f"grain_ddp: lost the connection to {lost}: it has died or hangs, or the "
+                "network is cut. No parameter of this rank has changed in this step. Look for "
+                "the first error of all ranks, and resume from a checkpoint. "
+                f"The backend says: {error}"
+            ) from error
 
 
 def cut(length: int, n: int, message: int) -> list[list[slice]]:
@@ -118,6 +135,11 @@ class Wire(ABC):
                 marks.append(file.read())
             marks.append(str(os.stat("/proc/self/ns/net").st_ino))
         return tuple(marks)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all ranks read each other's memory, on CPUs: then nothing beats an exchange."""
+        return False
 
     @abstractmethod
     def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
@@ -173,11 +195,15 @@ class TorchWire(Wire):
         self.group = group
         self._exchanging: dist.ProcessGroup | None = group  # None: to be made, on GPUs
         self._tag = self._first_tag = _FIRST_TAG
+        self._space = 0
+        self._neighbours: Neighbours | None = None
+        self._searched = False
 
     def among(self, ranks: Sequence[int], space: int) -> Wire:
         wire = super().among(ranks, space)
         assert isinstance(wire, TorchWire)
         wire._exchanging = None
+        wire._space = space
         wire._tag = wire._first_tag = _FIRST_TAG + space * _TAGS
         return wire
 
@@ -188,8 +214,7 @@ class TorchWire(Wire):
             return Transfer()
         assert self.group is not None
         if tensors[0].device.type == "cpu":
-            works = self._pairwise(self.group, send, receive)
-            return Transfer([work for work, _ in works], tensors, [peer for _, peer in works])
+            return self._pairwise(self.group, send, receive)
         if self._exchanging is None:
             members = [dist.get_global_rank(self.group, rank) for rank in self.ranks]
             self._exchanging = dist.new_group(members, use_local_synchronization=True)
@@ -200,30 +225,63 @@ class TorchWire(Wire):
             group=self._exchanging,
             async_op=True,
         )
-        return Transfer([work], tensors)
+        return Transfer([(work.wait, None)], tensors)
 
     def _pairwise(
         self, group: dist.ProcessGroup, send: Sequence[Tensor], receive: Sequence[Tensor]
-    ) -> list[tuple[dist.Work, int]]:
-        """Each message with the rank at its other end."""
+    ) -> Transfer:
         # On gloo, pairs of messages take half of the time of its own all_to_all and all_gather.
         # Starting with the next rank spreads the ranks over the links.
         peers = [(self.rank + k) % self.size for k in range(1, self.size)]
-        works = []
+        near, receiving, sending = self._near(), list[Message](), list[Message]()
+        others = near.others if near else ()
+        exchange = None
+        if near is not None:
+            ranks = zip(self.ranks, send, strict=True)
+            exchange = near.start(self._space, {j: t for j, t in ranks if j in others})
         for j in reversed(peers):
-            if receive[j].numel():
-                rank = self.ranks[j]
-                works.append((group.recv([receive[j]], rank, self._tag), rank))
+            rank = self.ranks[j]
+            if exchange and rank in others:
+                receiving.append((partial(exchange.read, rank, receive[j]), rank))
+            elif receive[j].numel():
+                receiving.append((group.recv([receive[j]], rank, self._tag).wait, rank))
         for j in peers:
-            if send[j].numel():
-                rank = self.ranks[j]
-                works.append((group.send([send[j]], rank, self._tag), rank))
-        return works
+            rank = self.ranks[j]
+            if exchange and rank in others:
+                sending.append((partial(exchange.wait_for, rank), rank))
+            elif send[j].numel():
+                sending.append((group.send([send[j]], rank, self._tag).wait, rank))
+        if exchange:
+            receiving.append((exchange.all_read, None))
+            sending.append((exchange.close, None))
+        return Transfer(receiving, [*send, *receive], sending)
+
+    def _near(self) -> Neighbours | None:
+        """Ranks of this host that read each other's memory. Collective, the first time."""
+        whole = self.whole
+        assert isinstance(whole, TorchWire)
+        if not whole._searched:
+            whole._searched = True
+            backend = whole.group._get_backend(torch.device("cpu"))
+            if backend.name() == "gloo":
+                whole._neighbours = neighbours.find(
+                    whole.rank,
+                    whole.host(),
+                    whole.gather_objects,
+                    lambda: backend.options._timeout.total_seconds(),
+                )
+        return whole._neighbours
+
+    @property
+    def shares_memory(self) -> bool:
+        near = self._near() if self.size > 1 else None
+        return near is not None and len(near.others) == self.whole.size - 1
 
     def all_reduce(self, values: Tensor) -> Transfer:
         if self.whole.size == 1:
             return Transfer()
-        return Transfer([dist.all_reduce(values, group=self.group, async_op=True)], [values])
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        return Transfer([(work.wait, None)], [values])
 
     def same(self, value: str, device: torch.device) -> bool:
         if self.whole.size == 1:
