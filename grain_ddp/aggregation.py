@@ -186,6 +186,7 @@ class Aggregation:
                 pending = [bucket.transfer, bucket.sum[0], *(p.transfer for p in bucket.pieces)]
                 if bucket.inside is not None:
                     pending += [transfer for *_, transfer in bucket.inside.arriving]
+                    pending += bucket.inside.sending
                 for transfer in pending:
                     transfer.wait()
         finally:
@@ -319,7 +320,7 @@ class Aggregation:
     def _enter(self, bucket: _Bucket) -> None:
         """Start what comes first: the mean of all ranks, or of the group, or the transpose."""
         buffer, narrow = bucket.buffer, narrow_dtype(self.state, bucket.buffer)
-        if self.state.averaging and narrow is None:
+        if self.state.averaging and narrow is None and not self.wire.whole.shares_memory:
             if bucket.blocks:
                 self._passes.mean(bucket.blocks, buffer, self._message(buffer))
             whole = self.wire.whole

@@ -55,6 +55,7 @@ class Slice:
         self.buffer, self.own, self.narrow = buffer, own, narrow
         # Columns, what arrives for them, its memory and messages.
         self.arriving: deque[tuple[Tensor, Tensor, Tensor, Transfer]] = deque()
+        self.sending: list[Transfer] = []  # of what has arrived
         self.gathered: list[tuple[Tensor, Tensor]] = []  # columns, and what they are copied from
         self.transfer = Transfer()
 
@@ -69,6 +70,7 @@ class Inside:
     def drop(self) -> None:
         """Forget what is under way."""
         self._scratch = Scratch()
+        self.sending: list[Transfer] = []  # of the last bucket that was reduced
 
     def start(self, buffer: Tensor, narrow: torch.dtype | None, message: int, limit: int) -> Slice:
         """Send this rank's gradient slice by slice, in messages of at most so many elements.
@@ -97,16 +99,25 @@ class Inside:
         """The group's mean, in this rank's slice of the buffer."""
         while part.arriving:
             self._reduce(part)
+        # A bucket later: nobody waits here until the slowest rank has come as far.
+        self._sent()
+        self.sending = part.sending
 
     def _reduce(self, part: Slice) -> None:
         (home, rows, memory, transfer), k = part.arriving.popleft(), self.wire.size
-        transfer.wait()
+        transfer.arrive()
+        part.sending.append(transfer)
         weights = torch.full((k,), 1 / k, dtype=torch.float64, device=home.device)
         weighted_sum(rows, weights, out=home)
         self._scratch.take_back(memory)
 
+    def _sent(self) -> None:
+        while self.sending:
+            self.sending.pop().wait()
+
     def gather(self, part: Slice) -> None:
         """Start to send this rank's slice to the group, and to receive the others'."""
+        self._sent()
         buffer, own, k = part.buffer, part.own, self.wire.size
         columns = len(buffer) // k
         last = len(buffer) - columns * (k - 1)

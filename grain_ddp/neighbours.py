@@ -58,9 +58,8 @@ def _libc() -> Any:
 
 
 def _futex(words: NDArray[np.int32], slot: int, operation: int, value: int) -> None:
-    libc, slice = _libc(), _Time(0, _SLICE)
-    number = _FUTEX[platform.machine()]
-    libc.syscall(number, words.ctypes.data + 4 * slot, operation, value, ctypes.byref(slice))
+    number, limit = _FUTEX[platform.machine()], _Time(0, _SLICE)
+    _libc().syscall(number, words.ctypes.data + 4 * slot, operation, value, ctypes.byref(limit))
 
 
 def _copy(process: int, address: int, out: Tensor) -> None:
@@ -217,7 +216,7 @@ def find(
         for one in local:
             if one != rank and shown and boards[one]:
                 with contextlib.suppress(OSError):
-                    others[one] = _meet(every[one][1], *boards[one], len(local))
+                    others[one] = _meet(every[one][1], boards[one], len(local))
         mutual = gather(list(others))
     others = {one: other for one, other in others.items() if rank in mutual[one]}
     if not others:
@@ -225,7 +224,9 @@ def find(
     return Neighbours(rank, board, {one: k for k, one in enumerate(local)}, others, timeout)
 
 
-def _meet(process: int, file: int, mark: int, ranks: int) -> _Neighbour:
+def _meet(process: int, shown: tuple[int, int], ranks: int) -> _Neighbour:
+    """OSError if the other's board or memory cannot be read."""
+    file, mark = shown
     theirs = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
     try:
         other = _Neighbour(process, _Board(theirs, ranks), mark)

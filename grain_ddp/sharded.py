@@ -204,6 +204,8 @@ class ShardedAggregation:
             previous = piece
         if previous is not None:
             self._arrive(previous, bucket)
+        for piece in bucket.pieces:
+            piece.transfer.wait()
 
     def _send(self, slots: list[Views], like: Tensor) -> _Piece:
         narrow = narrow_dtype(self.state, like) if self.wire.size > 1 else None
@@ -216,13 +218,14 @@ class ShardedAggregation:
         return piece
 
     def _arrive(self, piece: _Piece, bucket: _Bucket) -> None:
-        piece.transfer.wait()
+        piece.transfer.arrive()
         rows = piece.rows
         if not self.state.averaging:
             bucket.gramian += gramian(rows)
         self._kept += rows.nbytes
         if self._kept > self._scratch // 2:
             # The gradient in these columns has been sent: its memory takes the rows.
+            piece.transfer.wait()
             self._kept -= rows.nbytes
             homes = [view for views in piece.slots for view in views]
             free = part(homes, 0, rows.numel())

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grain_ddp import neighbours
-from grain_ddp.neighbours import Neighbours
+from grain_ddp.neighbours import Neighbours, find
 
 # A Gramian is gathered whole up to this many ranks (n³/2 numbers in one round), and summed by an
 # all-reduce (n² numbers, more rounds) beyond it.
@@ -261,15 +260,16 @@ class TorchWire(Wire):
         whole = self.whole
         assert isinstance(whole, TorchWire)
         if not whole._searched:
-            whole._searched = True
-            backend = whole.group._get_backend(torch.device("cpu"))
-            if backend.name() == "gloo":
-                whole._neighbours = neighbours.find(
+            assert whole.group is not None
+            gloo = whole.group._get_backend(torch.device("cpu"))
+            if gloo.name() == "gloo":
+                whole._neighbours = find(
                     whole.rank,
                     whole.host(),
                     whole.gather_objects,
-                    lambda: backend.options._timeout.total_seconds(),
+                    lambda: gloo.options._timeout.total_seconds(),
                 )
+            whole._searched = True
         return whole._neighbours
 
     @property

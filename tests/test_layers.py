@@ -14,6 +14,7 @@ LAYERS = [
     {"solver", "record", "kernels", "kernel_solver", "scratch"},  # mathematics, and memory
     {"gramian"},
     {"weighting"},
+    {"neighbours"},  # what moves inside of a host
     {"wire"},  # what moves
     {"state", "groups", "passes"},  # options; what forms a row
     {"aggregation"},  # the only place where both meet
