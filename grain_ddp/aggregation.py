@@ -320,10 +320,11 @@ class Aggregation:
     def _enter(self, bucket: _Bucket) -> None:
         """Start what comes first: the mean of all ranks, or of the group, or the transpose."""
         buffer, narrow = bucket.buffer, narrow_dtype(self.state, bucket.buffer)
-        if self.state.averaging and narrow is None and not self.wire.whole.shares_memory:
+        whole = self.wire.whole
+        reduce = self.state.averaging and narrow is None
+        if reduce and not whole.shares_memory(buffer.device):
             if bucket.blocks:
                 self._passes.mean(bucket.blocks, buffer, self._message(buffer))
-            whole = self.wire.whole
             bucket.transfer = whole.all_reduce(buffer.div_(whole.size))
         elif self._inside is not None:
             limit = SCRATCH_BYTES - self._limit

@@ -71,9 +71,9 @@ def examine(timeout: float) -> bool:
             _show(what, f"not tested: needs {needed} GPUs, but there are {gpus}")
         else:
             start = time.monotonic()
-            error = _two_ranks(backend, timeout)
-            passed = passed and error is None
-            _show(what, error or f"passed in {time.monotonic() - start:.1f} s")
+            succeeded, said = _two_ranks(backend, timeout)
+            passed = passed and succeeded
+            _show(what, said + f", in {time.monotonic() - start:.1f} s" * succeeded)
     print(
         "\nEverything that can be tested here works."
         if passed
@@ -106,8 +106,8 @@ def _host() -> str:
         )
 
 
-def _two_ranks(backend: str, timeout: float) -> str | None:
-    """Train a small model on two processes. None if it went well, or what to tell the user."""
+def _two_ranks(backend: str, timeout: float) -> tuple[bool, str]:
+    """Train a small model on two processes. Whether it went well, and what to tell the user."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "grain_ddp.doctor", backend, folder, str(timeout)]
         # Where this copy of the package is, installed or not.
@@ -141,13 +141,15 @@ def _two_ranks(backend: str, timeout: float) -> str | None:
             if process.returncode == -9:
                 continue  # it waited for the other one, or both hung
             if process.returncode:
-                return f"FAILED on rank {rank}: {said_lines[-1] if said_lines else 'no message'}"
+                last = said_lines[-1] if said_lines else "no message"
+                return False, f"FAILED on rank {rank}: {last}"
         if any(process.returncode for process in ranks):
-            return (
+            return False, (
                 f"FAILED: no answer within {timeout:g} s. On a busy machine allow more with "
                 "--timeout; else the ranks could not reach each other"
             )
-    return None
+        way = Path(folder, "way")
+        return True, "passed" + (way.read_text() if way.exists() else "")
 
 
 def _rank(backend: str, folder: str, timeout: float, rank: int) -> None:
@@ -175,12 +177,17 @@ def _rank(backend: str, folder: str, timeout: float, rank: int) -> None:
         expected = (matrix.mean(0) if weighting == "mean" else weights @ matrix).cpu()
         net.zero_grad()
         model = DistributedDataParallel(net)
-        model.register_comm_hook(GrainState(weighting=weighting), grain_hook)
+        state = GrainState(weighting=weighting)
+        model.register_comm_hook(state, grain_hook)
         model(batches[rank]).square().mean().backward()
         found = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).cpu()
         error = float((found.double() - expected).norm() / expected.norm())
         if not error < 1e-5:
             raise AssertionError(f"weighting={weighting!r} is off by {error:.1e}, expected < 1e-5")
+    if backend == "gloo":
+        near = state._runtime.aggregation.wire.shares_memory(device)
+        way = "each reads the other's memory" if near else "over the network"
+        Path(folder, "way").write_text(f": {way}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -135,9 +135,11 @@ class Wire(ABC):
             marks.append(str(os.stat("/proc/self/ns/net").st_ino))
         return tuple(marks)
 
-    @property
-    def shares_memory(self) -> bool:
-        """Whether all ranks read each other's memory, on CPUs: then nothing beats an exchange."""
+    def shares_memory(self, device: torch.device) -> bool:
+        """Whether tensors on that device are read where the senders have them, by all ranks.
+
+        Then exchanges are faster than an all-reduce.
+        """
         return False
 
     @abstractmethod
@@ -272,9 +274,8 @@ class TorchWire(Wire):
             whole._searched = True
         return whole._neighbours
 
-    @property
-    def shares_memory(self) -> bool:
-        near = self._near() if self.size > 1 else None
+    def shares_memory(self, device: torch.device) -> bool:
+        near = self._near() if device.type == "cpu" and self.whole.size > 1 else None
         return near is not None and len(near.others) == self.whole.size - 1
 
     def all_reduce(self, values: Tensor) -> Transfer:

@@ -1,0 +1,195 @@
+"""Ranks of one host: they read each other's memory, where that is possible, and lose nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import launch, run
+from ranks import same_everywhere
+
+import grain_ddp.neighbours as module
+from grain_ddp import GrainState
+from grain_ddp.aggregation import Aggregation
+from grain_ddp.wire import TorchWire
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "memfd_create"), reason="needs Linux's shared memory"
+)
+
+CPU = torch.device("cpu")
+
+
+def near(wire: TorchWire) -> list[int]:
+    found = wire._near()
+    return sorted(found.others) if found else []
+
+
+def step(wire: TorchWire) -> bool:
+    """A step's result, large enough for several pieces, is right and the same everywhere."""
+    torch.manual_seed(dist.get_rank())
+    gradient = torch.randn(100_003)
+    rows = [torch.empty_like(gradient) for _ in range(wire.size)]
+    dist.all_gather(rows, gradient)
+    aggregation = Aggregation(GrainState(), wire)
+    aggregation.push(gradient)
+    record = aggregation.finish()
+    assert record is not None
+    exact = torch.tensor(record.weights) @ torch.stack(rows).double()
+    return same_everywhere(gradient) and bool((gradient - exact).norm() <= 1e-6 * exact.norm())
+
+
+def who(spoil: dict[int, str]) -> tuple[list[int], bool, bool]:
+    """Whom this rank reads from, if something is wrong on some ranks."""
+    match spoil.get(dist.get_rank()):
+        case "switched off":
+            os.environ[module.SWITCH] = "0"
+        case "may not read":
+
+            def forbid(*_: Any) -> None:
+                raise PermissionError("Operation not permitted")
+
+            module._copy = forbid
+        case "no memory":
+
+            def no_file(_: str) -> int:
+                raise OSError("Function not implemented")
+
+            os.memfd_create = no_file  # type: ignore[assignment]
+        case "another process namespace":  # where this number is that of another process
+            parent = os.getppid()
+            os.getpid = lambda: parent
+        case "another host":
+            setattr(TorchWire, "host", lambda _: ("another",))  # noqa: B010
+        case "another kind of machine":
+            module._FUTEX.clear()
+    wire = TorchWire(dist.group.WORLD)
+    return near(wire), wire.shares_memory(CPU), step(wire)
+
+
+SPOILT = [
+    "switched off",
+    "may not read",
+    "no memory",
+    "another process namespace",
+    "another host",
+    "another kind of machine",
+]
+
+
+def test_all_of_them_share_memory() -> None:
+    assert run(3, who, {}) == [([1, 2], True, True), ([0, 2], True, True), ([0, 1], True, True)]
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_one_of_them_does_not(what: str) -> None:
+    assert run(3, who, {1: what}) == [([2], False, True), ([], False, True), ([0], False, True)]
+
+
+def test_two_hosts() -> None:
+    every = run(4, who, {1: "another host", 3: "another host"})
+    assert [ranks for ranks, _, _ in every] == [[2], [3], [0], [1]]
+    assert all(right and not shares for _, shares, right in every)
+
+
+def laps() -> None:
+    """More exchanges than the ring has slots, out of order; then too many at once."""
+    module.RING = 4
+    wire = TorchWire(dist.group.WORLD)
+    me, other = wire.rank, 1 - wire.rank
+    for k in range(10):
+        pending = []
+        for i in range(4):
+            send, receive = torch.full((2, 2), 100.0 * me + 10 * k + i), torch.zeros(2, 2)
+            pending.append((wire.exchange(list(send), list(receive)), receive, 10 * k + i))
+        for transfer, receive, value in reversed(pending):
+            transfer.arrive()
+            assert receive[other].tolist() == [100.0 * other + value] * 2
+        for transfer, _, _ in pending:
+            transfer.wait()
+    wires = [wire.among([0, 1], 1), wire.among([0, 1], 2), wire]  # each counts its own
+    for each in wires:
+        for _ in range(4):
+            each.exchange([torch.zeros(1)] * 2, [torch.zeros(1)] * 2)
+    for each in wires:
+        with pytest.raises(RuntimeError, match=f"more than 4 messages.*{module.SWITCH}=0"):
+            each.exchange([torch.zeros(1)] * 2, [torch.zeros(1)] * 2)
+
+
+def test_a_ring_of_exchanges() -> None:
+    run(2, laps)
+
+
+def losing(how: str) -> float:
+    """Seconds until this rank knows that rank 1 is lost."""
+    wire = TorchWire(dist.group.WORLD)
+    assert wire.shares_memory(CPU)
+    dist.barrier()
+    tensors = [torch.zeros(9)] * 3, [torch.zeros(9)] * 3
+    if wire.rank == 1:
+        if how == "is stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "dies later":
+            wire.exchange(*tensors)
+        os._exit(3)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"lost the connection to rank 1: it has died or hangs"):
+        wire.exchange(*tensors).wait()
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("how", ["dies", "dies later"])
+def test_a_dead_rank_is_missed_at_once(how: str) -> None:
+    outcomes = launch(3, losing, how, timeout=20)
+    assert outcomes[1].exitcode == 3
+    for rank in (0, 2):
+        assert outcomes[rank].error is None, outcomes[rank].error
+        assert outcomes[rank].value < 10
+
+
+def test_a_rank_that_hangs_is_missed_after_the_timeout() -> None:
+    outcomes = launch(3, losing, "is stopped", timeout=3, deadline=15)
+    for rank in (0, 2):
+        assert outcomes[rank].error is None, outcomes[rank].error
+        assert 3 <= outcomes[rank].value < 8
+
+
+def patience() -> None:
+    """The timeout that counts is the process group's, also when it is changed later."""
+    wire = TorchWire(dist.group.WORLD)
+    found = wire._near()
+    assert found is not None
+    assert found.timeout() == 20
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=7), dist.group.WORLD)
+    assert found.timeout() == 7
+
+
+def test_the_process_groups_timeout() -> None:
+    run(2, patience)
+
+
+def in_parts() -> bool:
+    """As the kernel does from 2 GiB on: a call copies only a part."""
+    libc = module._libc()
+
+    class Partial:
+        def process_vm_readv(self, process: int, here: Any, _: int, there: Any, *rest: int) -> int:
+            here._obj.length = there._obj.length = min(here._obj.length, 1000)
+            return int(libc.process_vm_readv(process, here, 1, there, *rest))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(libc, name)
+
+    module._libc = Partial  # type: ignore[assignment]
+    wire = TorchWire(dist.group.WORLD)
+    return wire.shares_memory(CPU) and step(wire)
+
+
+def test_a_message_copied_in_parts() -> None:
+    assert run(2, in_parts) == [True, True]
