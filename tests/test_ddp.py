@@ -29,6 +29,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook, noop_hook
+from grain_ddp.neighbours import SWITCH
 
 SMALL = 0.001  # MB: several buckets for the test network
 
@@ -515,7 +516,8 @@ def test_errors_on_every_rank(function: Any, message: str) -> None:
         assert message.format(rank=outcome.rank) in outcome.error
 
 
-def dies() -> None:
+def dies(memory: str) -> None:
+    os.environ[SWITCH] = memory
     model = wrap(GrainState())
     for step in range(4):
         if step == 2 and dist.get_rank() == 1:
@@ -523,12 +525,13 @@ def dies() -> None:
         loss(model, step).backward()
 
 
-def test_a_dead_rank_is_an_error_on_the_others() -> None:
-    outcomes = launch(3, dies, timeout=5, deadline=40)
+@pytest.mark.parametrize(("memory", "cause"), [("1", "No such process"), ("0", "gloo")])
+def test_a_dead_rank_is_an_error_on_the_others(memory: str, cause: str) -> None:
+    outcomes = launch(3, dies, memory, timeout=5, deadline=40)
     assert outcomes[1].exitcode == 9
     for outcome in (outcomes[0], outcomes[2]):
         assert "grain_ddp: lost the connection to rank " in str(outcome.error)
-        assert "gloo" in str(outcome.error)  # the backend's own error is its cause
+        assert cause in str(outcome.error)  # the backend's own error
 
 
 def without_communication() -> bool:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from harness import launch, run
 from ranks import same_everywhere
+from test_aggregation import limited
+from test_sharded import every_cut
 
 import grain_ddp.neighbours as module
 from grain_ddp import GrainState
@@ -45,9 +47,9 @@ def step(wire: TorchWire) -> bool:
     return same_everywhere(gradient) and bool((gradient - exact).norm() <= 1e-6 * exact.norm())
 
 
-def who(spoil: dict[int, str]) -> tuple[list[int], bool, bool]:
-    """Whom this rank reads from, if something is wrong on some ranks."""
-    match spoil.get(dist.get_rank()):
+def spoil(what: dict[int, str]) -> None:
+    """Something is wrong on some ranks."""
+    match what.get(dist.get_rank()):
         case "switched off":
             os.environ[module.SWITCH] = "0"
         case "may not read":
@@ -69,6 +71,11 @@ def who(spoil: dict[int, str]) -> tuple[list[int], bool, bool]:
             setattr(TorchWire, "host", lambda _: ("another",))  # noqa: B010
         case "another kind of machine":
             module._FUTEX.clear()
+
+
+def who(what: dict[int, str]) -> tuple[list[int], bool, bool]:
+    """Whom this rank reads from."""
+    spoil(what)
     wire = TorchWire(dist.group.WORLD)
     return near(wire), wire.shares_memory(CPU), step(wire)
 
@@ -96,6 +103,47 @@ def test_two_hosts() -> None:
     every = run(4, who, {1: "another host", 3: "another host"})
     assert [ranks for ranks, _, _ in every] == [[2], [3], [0], [1]]
     assert all(right and not shares for _, shares, right in every)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"scope": "bucket"},
+    {"wire_dtype": torch.bfloat16},
+    {"scope": "bucket", "wire_dtype": torch.bfloat16},
+    {"weighting": "mean"},
+    {"groups": 2},
+    {"groups": [[0, 2], [1, 3]], "scope": "bucket", "wire_dtype": torch.bfloat16},
+    {"groups": 4},
+]
+
+
+def every_option(what: dict[int, str]) -> list[list[torch.Tensor]]:
+    spoil(what)
+    return [limited(options, 1 << 14, 3 << 16)[0] for options in OPTIONS]
+
+
+@pytest.mark.parametrize("elsewhere", [{0, 1, 2, 3}, {1, 3}, {2, 3}, {0}], ids=str)
+def test_the_way_makes_no_difference(elsewhere: set[int]) -> None:
+    """Bit by bit."""
+    by_memory = run(4, every_option, {})
+    all_off = len(elsewhere) == 4
+    how = "switched off" if all_off else "another host"
+    otherwise = run(4, every_option, dict.fromkeys(elsewhere, how))
+    for one, other in zip(by_memory, otherwise, strict=True):
+        for results, expected, options in zip(one, other, OPTIONS, strict=True):
+            for found, same in zip(results, expected, strict=True):
+                assert torch.equal(found, same), options
+
+
+def sharded(what: dict[int, str]) -> float:
+    spoil(what)
+    few = {"SLACK": 0, "MESSAGE_BYTES": 256, "SCRATCH_BYTES": 2000}
+    return every_cut(["global", "bucket"], [few])
+
+
+@pytest.mark.parametrize("elsewhere", [{0, 1, 2}, {1}], ids=str)
+def test_shards_by_another_way(elsewhere: set[int]) -> None:
+    assert max(run(3, sharded, dict.fromkeys(elsewhere, "switched off"))) < 1e-5
 
 
 def laps() -> None:
@@ -146,7 +194,7 @@ def losing(how: str) -> float:
 
 @pytest.mark.parametrize("how", ["dies", "dies later"])
 def test_a_dead_rank_is_missed_at_once(how: str) -> None:
-    outcomes = launch(3, losing, how, timeout=20)
+    outcomes = launch(3, losing, how, timeout=12)
     assert outcomes[1].exitcode == 3
     for rank in (0, 2):
         assert outcomes[rank].error is None, outcomes[rank].error
