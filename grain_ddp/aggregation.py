@@ -173,6 +173,7 @@ class Aggregation:
         """Forget what is under way."""
         self._buckets: list[_Bucket] = []
         self._holders: dict[_Piece, None] = {}  # of scratch, the oldest first
+        self._gathering: list[Transfer] = []  # what may have several stages
         self._scratch = Scratch()
         self._largest = 0  # bytes of a bucket, in this step or the last one
         self._passes.drop()
@@ -215,6 +216,7 @@ class Aggregation:
                     if not self._last_pass:
                         buffer.zero_()
                         return
+                self._advance_gathers()
                 self._advance(self._buckets[:-1])
                 self._enter(bucket)
                 if len(self._buckets) > 1 + self._depth:
@@ -277,6 +279,8 @@ class Aggregation:
         if self._uniform and not self.state.averaging:
             for bucket in buckets if self.state.scope == "bucket" else buckets[:1]:
                 bucket.weights = weights_of_sum(self.state, bucket.sum, self.size)
+        while self._gathering:
+            self._advance_gathers()
         for bucket in buckets:
             for piece in bucket.pieces:
                 piece.transfer.arrive()
@@ -286,6 +290,9 @@ class Aggregation:
                 self._complete(piece)
             if inside is not None and bucket.inside is not None:
                 inside.gather(bucket.inside)
+                self._gathering.append(bucket.inside.transfer)
+        while self._gathering:
+            self._advance_gathers()
         for bucket in buckets:
             if inside is not None and bucket.inside is not None:
                 inside.complete(bucket.inside)
@@ -398,7 +405,12 @@ class Aggregation:
             piece.reduced = True
             if not piece.narrow:
                 self._take_back(piece)
-            piece.transfer = self.wire.exchange([own] * self.wire.size, parts)
+            piece.transfer = self.wire.gather(own, parts)
+            self._gathering.append(piece.transfer)
+
+    def _advance_gathers(self) -> None:
+        """Take each of them one stage on."""
+        self._gathering = [transfer for transfer in self._gathering if transfer.advance()]
 
     def _complete(self, piece: _Piece) -> None:
         """Complete the gather."""

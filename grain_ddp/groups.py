@@ -127,7 +127,7 @@ class Inside:
             receive = [torch.empty_like(slot, dtype=part.narrow) for slot in slots]
             part.gathered = [(slots[j], receive[j]) for j in range(k) if j != self.wire.rank]
             slots = receive
-        part.transfer = self.wire.exchange([own] * k, slots)
+        part.transfer = self.wire.gather(own, slots)
 
     def complete(self, part: Slice) -> None:
         """Wait until the whole buffer has its result."""

@@ -14,7 +14,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -110,7 +110,8 @@ class _Neighbour(NamedTuple):
 class Neighbours:
     """Other ranks of this host: this one reads from them, and they from it. `find` finds them.
 
-    All of them start the same exchanges in the same order, in each of the `SPACES`.
+    All of them start the same exchanges in the same order, in each of the `SPACES`. ``reading[j]``
+    is whom rank j can read from.
     """
 
     def __init__(
@@ -119,12 +120,17 @@ class Neighbours:
         board: _Board,
         places: Mapping[int, int],
         others: Mapping[int, _Neighbour],
+        reading: Sequence[Collection[int]],
         timeout: Callable[[], float],
     ) -> None:
         self.rank, self.board, self.places, self.others = rank, board, places, others
-        self.timeout = timeout
+        self.reading, self.timeout = reading, timeout
         self.under_way: set[int] = set()  # slots
         self._started = [0] * SPACES
+
+    def among(self, ranks: Iterable[int]) -> bool:
+        """Whether each of these ranks reads from all of the others; the same answer on all."""
+        return all({*ranks} <= {rank, *self.reading[rank]} for rank in ranks)
 
     def start(self, space: int, messages: Mapping[int, Tensor]) -> Exchange:
         """Show some ranks the messages for them. RuntimeError if too many are under way."""
@@ -217,11 +223,12 @@ def find(
             if one != rank and shown and boards[one]:
                 with contextlib.suppress(OSError):
                     others[one] = _meet(every[one][1], boards[one], len(local))
-        mutual = gather(list(others))
-    others = {one: other for one, other in others.items() if rank in mutual[one]}
+        reading = gather(list(others))
+    others = {one: other for one, other in others.items() if rank in reading[one]}
     if not others:
         return None
-    return Neighbours(rank, board, {one: k for k, one in enumerate(local)}, others, timeout)
+    places = {one: k for k, one in enumerate(local)}
+    return Neighbours(rank, board, places, others, reading, timeout)
 
 
 def _meet(process: int, shown: tuple[int, int], ranks: int) -> _Neighbour:

@@ -23,6 +23,9 @@ from grain_ddp.neighbours import Neighbours, find
 # all-reduce (n² numbers, more rounds) beyond it.
 _GATHER_LIMIT = 32
 
+RING_BYTES = 512 << 10
+"""On CPUs of several hosts, parts of at least this size are gathered by a ring."""
+
 # Tags of point-to-point messages, out of the way of a user's own small ones.
 _FIRST_TAG, _TAGS = 0x6000, 0x1000
 
@@ -62,6 +65,10 @@ class Transfer:
         _wait_for(self._receiving)
         self._receiving = ()
 
+    def advance(self) -> bool:
+        """If this has several stages, wait for one and start the next. Whether more are to come."""
+        return False
+
     def wait(self) -> None:
         """RuntimeError, with the backend's own as its cause, if another rank is lost."""
         self.arrive()
@@ -81,6 +88,45 @@ def _wait_for(messages: Sequence[Message]) -> None:
                 "the first error of all ranks, and resume from a checkpoint. "
                 f"The backend says: {error}"
             ) from error
+
+
+class _Ring(Transfer):
+    """Parts of all ranks, each handed on from rank to rank.
+
+    So a rank receives from one other at a time, and the link of a host with several ranks carries
+    a part once.
+    """
+
+    def __init__(self, wire: Wire, own: Tensor, parts: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._wire, self._own, self._parts = wire, own, parts
+        self._hops: list[Transfer] = []
+        self._hop()
+
+    def _hop(self) -> None:
+        wire, n, step = self._wire, self._wire.size, len(self._hops)
+        nothing = self._own.new_empty(0)
+        send, receive = [nothing] * n, [nothing] * n
+        before = (wire.rank - 1) % n
+        send[(wire.rank + 1) % n] = self._parts[wire.rank - step] if step else self._own
+        receive[before] = self._parts[before - step]
+        self._hops.append(wire.exchange(send, receive))
+
+    def advance(self) -> bool:
+        self._hops[-1].arrive()
+        more = len(self._hops) < self._wire.size - 1
+        if more:
+            self._hop()
+        return more
+
+    def arrive(self) -> None:
+        while self.advance():
+            pass
+
+    def wait(self) -> None:
+        self.arrive()
+        for hop in self._hops:
+            hop.wait()
 
 
 def cut(length: int, n: int, message: int) -> list[list[slice]]:
@@ -136,9 +182,9 @@ class Wire(ABC):
         return tuple(marks)
 
     def shares_memory(self, device: torch.device) -> bool:
-        """Whether tensors on that device are read where the senders have them, by all ranks.
+        """Whether an exchange reads tensors on that device where the senders have them.
 
-        Then exchanges are faster than an all-reduce.
+        Then that is faster than an all-reduce.
         """
         return False
 
@@ -149,6 +195,14 @@ class Wire(ABC):
         All are contiguous, of one dtype, of any length; lengths agree pair by pair. Entries of
         this rank itself are ignored, empty ones are not sent.
         """
+
+    def gather(self, own: Tensor, parts: Sequence[Tensor]) -> Transfer:
+        """Send ``own`` to all ranks and receive ``parts[j]`` from rank j.
+
+        ``len(parts[j])`` is the same on every rank, and ``parts[self.rank]`` is own. This is
+        `exchange`, or faster, in several stages.
+        """
+        return self.exchange([own] * self.size, parts)
 
     @abstractmethod
     def all_reduce(self, values: Tensor) -> Transfer:
@@ -276,7 +330,13 @@ class TorchWire(Wire):
 
     def shares_memory(self, device: torch.device) -> bool:
         near = self._near() if device.type == "cpu" and self.whole.size > 1 else None
-        return near is not None and len(near.others) == self.whole.size - 1
+        return near is not None and near.among(self.ranks)
+
+    def gather(self, own: Tensor, parts: Sequence[Tensor]) -> Transfer:
+        large = min(part.nbytes for part in parts) >= RING_BYTES
+        if not large or self.size < 3 or own.device.type != "cpu" or self.shares_memory(own.device):
+            return super().gather(own, parts)
+        return _Ring(self, own, parts)
 
     def all_reduce(self, values: Tensor) -> Transfer:
         if self.whole.size == 1:

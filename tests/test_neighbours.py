@@ -17,6 +17,7 @@ from test_aggregation import limited
 from test_sharded import every_cut
 
 import grain_ddp.neighbours as module
+import grain_ddp.wire as wire_module
 from grain_ddp import GrainState
 from grain_ddp.aggregation import Aggregation
 from grain_ddp.wire import TorchWire
@@ -49,6 +50,8 @@ def step(wire: TorchWire) -> bool:
 
 def spoil(what: dict[int, str]) -> None:
     """Something is wrong on some ranks."""
+    pids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
     match what.get(dist.get_rank()):
         case "switched off":
             os.environ[module.SWITCH] = "0"
@@ -64,6 +67,15 @@ def spoil(what: dict[int, str]) -> None:
                 raise OSError("Function not implemented")
 
             os.memfd_create = no_file  # type: ignore[assignment]
+        case "may not read from the last rank":
+            copy = module._copy
+
+            def forbid_one(process: int, *rest: Any) -> None:
+                if process == pids[-1]:
+                    raise PermissionError("Operation not permitted")
+                copy(process, *rest)
+
+            module._copy = forbid_one
         case "another process namespace":  # where this number is that of another process
             parent = os.getppid()
             os.getpid = lambda: parent
@@ -99,6 +111,12 @@ def test_one_of_them_does_not(what: str) -> None:
     assert run(3, who, {1: what}) == [([2], False, True), ([], False, True), ([0], False, True)]
 
 
+def test_all_agree_on_whether_they_share_memory() -> None:
+    """Rank 0 reads from both others, and they from it, but not from each other."""
+    every = run(3, who, {1: "may not read from the last rank"})
+    assert every == [([1, 2], False, True), ([0], False, True), ([0], False, True)]
+
+
 def test_two_hosts() -> None:
     every = run(4, who, {1: "another host", 3: "another host"})
     assert [ranks for ranks, _, _ in every] == [[2], [3], [0], [1]]
@@ -117,18 +135,19 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def every_option(what: dict[int, str]) -> list[list[torch.Tensor]]:
+def every_option(what: dict[int, str], ring_bytes: int) -> list[list[torch.Tensor]]:
     spoil(what)
+    wire_module.RING_BYTES = ring_bytes
     return [limited(options, 1 << 14, 3 << 16)[0] for options in OPTIONS]
 
 
+@pytest.mark.parametrize("ring_bytes", [1, 1 << 30])
 @pytest.mark.parametrize("elsewhere", [{0, 1, 2, 3}, {1, 3}, {2, 3}, {0}], ids=str)
-def test_the_way_makes_no_difference(elsewhere: set[int]) -> None:
+def test_the_way_makes_no_difference(elsewhere: set[int], ring_bytes: int) -> None:
     """Bit by bit."""
-    by_memory = run(4, every_option, {})
-    all_off = len(elsewhere) == 4
-    how = "switched off" if all_off else "another host"
-    otherwise = run(4, every_option, dict.fromkeys(elsewhere, how))
+    by_memory = run(4, every_option, {}, ring_bytes)
+    how = "switched off" if len(elsewhere) == 4 else "another host"
+    otherwise = run(4, every_option, dict.fromkeys(elsewhere, how), ring_bytes)
     for one, other in zip(by_memory, otherwise, strict=True):
         for results, expected, options in zip(one, other, OPTIONS, strict=True):
             for found, same in zip(results, expected, strict=True):
