@@ -9,7 +9,8 @@ g ranks, G = n/g of them. A host sends to other hosts over one link, the sum of 
   Speck and Träff 2009) need log₂ n steps at about the same bytes: on GPUs that is counted.
 * An exchange of D bytes among G ranks: (G−1)/G · D sent by each, one message and its α for every
   other rank. Messages overlap, so this α is the gap between two (LogP, Culler et al. 1993). All k
-  ranks of a host send across its link, each to the G − k/g partners elsewhere.
+  ranks of a host send across its link, each to the G − k/g partners elsewhere. The way back is the
+  same, but on CPUs of several hosts, for large parts, a ring.
 * Gramian: G(G+1)/2 numbers in fp64, gathered by up to 32 ranks, all-reduced beyond.
 * Passes: the rows, D/g bytes, are read once for the Gramian (2·G flops for each number) and once
   for the weighted sum. The solver's time is measured up to n = 1024, and grows with n³ beyond.
@@ -211,13 +212,29 @@ class _Network:
 
     def exchange(self, p: int, stride: int, each: float) -> Traffic:
         """`each` bytes from every rank to each of the p − 1 others, who are `stride` apart."""
-        message = SCRATCH_BYTES // p if self.cluster.gpu else MESSAGE_BYTES
-        pieces = max(math.ceil(each / message), 1)
-        here = min(max(self.here // stride, 1), p)
+        pieces, here = self._pieces(p, each), self._near(p, stride)
         near, far = here - 1, p - here
         out = self.here * far * each
         time = self._time((pieces * near, pieces * far), near * each, out, "")
         return Traffic(time, (p - 1) * each, out)
+
+    def gather(self, p: int, stride: int, each: float) -> Traffic:
+        """As `TorchWire.gather`: to all of them the same `each` bytes."""
+        here, piece = self._near(p, stride), each / self._pieces(p, each)
+        if self.cluster.gpu or p in (2, here) or piece < wire.RING_BYTES:
+            return self.exchange(p, stride, each)
+        sent = (p - 1) * each
+        out = sent * self.here / here  # as many rings as a host's ranks have positions
+        hops = self._pieces(p, each) * (p - 1)
+        return Traffic(self._time((0, hops), 0, out, ""), sent, out)
+
+    def _pieces(self, p: int, each: float) -> int:
+        message = SCRATCH_BYTES // p if self.cluster.gpu else MESSAGE_BYTES
+        return max(math.ceil(each / message), 1)
+
+    def _near(self, p: int, stride: int) -> int:
+        """How many of p ranks, `stride` apart, are on one host."""
+        return min(max(self.here // stride, 1), p)
 
     def sum(self, numbers: int) -> Traffic:
         """As `TorchWire.sum`, of numbers in fp64, over all ranks."""
@@ -258,8 +275,9 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
     wide = job.size / g  # bytes of rows, over the step
     narrow = min((choice.itemsize or job.itemsize) / job.itemsize, 1)
     bucket = job.size * narrow / buckets
-    there = network.ring(g, bucket) + network.exchange(rows, g, bucket / g / rows)
-    back = Traffic() if job.sharded else there
+    inside = network.ring(g, bucket)
+    there = inside + network.exchange(rows, g, bucket / g / rows)
+    back = Traffic() if job.sharded else inside + network.gather(rows, g, bucket / g / rows)
     numbers = rows * (rows + 1) // 2
     total = network.sum(numbers)
     solve = cluster.solve(rows)
