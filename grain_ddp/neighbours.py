@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ SWITCH = "GRAIN_DDP_CMA"
 SPACES = 3
 """Kinds of exchanges, each of which is counted on its own."""
 
-RING = 4096
+SLOTS = 4096
 """The most exchanges of a kind that may be under way at once."""
 
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}  # the system call's number
@@ -74,24 +75,24 @@ def _copy(process: int, address: int, out: Tensor) -> None:
 
 
 class _Board:
-    """What one rank shows of its exchanges, each of which has a slot in a ring.
+    """What one rank shows of its exchanges, each of which has a slot, used again lap by lap.
 
-    ``addresses[slot, k]`` is where its message to the host's k-th rank lies. `posted` and `read`
-    hold the lap of the ring in which these were written, and in which the rank had read all that
-    was for itself.
+    ``messages[slot, k]`` is where its message to the host's k-th rank lies, and how many bytes it
+    has. `posted` and `read` hold the lap in which these were written, and in which the rank had
+    read all that was for itself.
     """
 
     def __init__(self, file: int, ranks: int) -> None:
-        slots = SPACES * RING
-        size = 8 + slots * (8 + 8 * ranks)
+        slots = SPACES * SLOTS
+        size = 8 + slots * (8 + 16 * ranks)
         if os.fstat(file).st_size < size:
             os.ftruncate(file, size)
         memory = mmap.mmap(file, size)
         self.mark = torch.frombuffer(memory, dtype=torch.int64, count=1)
         self.posted = np.frombuffer(memory, np.int32, slots, 8)
         self.read = np.frombuffer(memory, np.int32, slots, 8 + 4 * slots)
-        addresses = np.frombuffer(memory, np.int64, slots * ranks, 8 + 8 * slots)
-        self.addresses = addresses.reshape(slots, ranks)
+        messages = np.frombuffer(memory, np.int64, slots * ranks * 2, 8 + 8 * slots)
+        self.messages = messages.reshape(slots, ranks, 2)
 
 
 class _Neighbour(NamedTuple):
@@ -125,7 +126,8 @@ class Neighbours:
     ) -> None:
         self.rank, self.board, self.places, self.others = rank, board, places, others
         self.reading, self.timeout = reading, timeout
-        self.under_way: set[int] = set()  # slots
+        # By slot. Weak, so that what is dropped after an error does not keep its slot.
+        self.under_way: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
         self._started = [0] * SPACES
 
     def among(self, ranks: Iterable[int]) -> bool:
@@ -134,23 +136,26 @@ class Neighbours:
 
     def start(self, space: int, messages: Mapping[int, Tensor]) -> Exchange:
         """Show some ranks the messages for them. RuntimeError if too many are under way."""
-        lap, place = divmod(self._started[space], RING)
-        slot = space * RING + place
+        lap, place = divmod(self._started[space], SLOTS)
+        slot = space * SLOTS + place
         if slot in self.under_way:
             raise RuntimeError(
-                f"grain_ddp: more than {RING} messages to a rank of this host are under way. "
+                f"grain_ddp: more than {SLOTS} messages to a rank of this host are under way. "
                 f"Set {SWITCH}=0 on every rank, for the network in place of shared memory."
             )
         self._started[space] += 1
-        self.under_way.add(slot)
         for rank, message in messages.items():
-            self.board.addresses[slot, self.places[rank]] = message.data_ptr()
+            self.board.messages[slot, self.places[rank]] = message.data_ptr(), message.nbytes
         _show(self.board.posted, slot, lap + 1)
-        return Exchange(self, slot, lap + 1)
+        self.under_way[slot] = exchange = Exchange(self, slot, lap + 1)
+        return exchange
 
 
 class Exchange:
-    """What was started with neighbours. OSError in any method: a rank is gone, or took too long."""
+    """What was started with neighbours. OSError in any method: a rank is gone, or took too long.
+
+    RuntimeError if another rank sends something else than is expected here.
+    """
 
     def __init__(self, near: Neighbours, slot: int, lap: int) -> None:
         self._near, self._slot, self._lap = near, slot, lap
@@ -160,7 +165,13 @@ class Exchange:
         other = self._near.others[rank]
         self._wait(other, other.board.posted)
         place = self._near.places[self._near.rank]
-        _copy(other.process, int(other.board.addresses[self._slot, place]), out)
+        address, length = other.board.messages[self._slot, place].tolist()
+        if length != out.nbytes:
+            raise RuntimeError(
+                f"expected {out.nbytes} bytes from rank {rank}, but found {length}: it is at "
+                "another place in the program"
+            )
+        _copy(other.process, address, out)
 
     def all_read(self) -> None:
         """Tell the others that this rank has read what it wants to."""
@@ -173,7 +184,7 @@ class Exchange:
 
     def close(self) -> None:
         """Give the slot back: everything has been waited for."""
-        self._near.under_way.discard(self._slot)
+        self._near.under_way.pop(self._slot, None)
 
     def _wait(self, other: _Neighbour, words: NDArray[np.int32]) -> None:
         slot, lap = self._slot, self._lap

@@ -167,7 +167,7 @@ def test_shards_by_another_way(elsewhere: set[int]) -> None:
 
 def laps() -> None:
     """More exchanges than the ring has slots, out of order; then too many at once."""
-    module.RING = 4
+    module.SLOTS = 4
     wire = TorchWire(dist.group.WORLD)
     me, other = wire.rank, 1 - wire.rank
     for k in range(10):
@@ -181,16 +181,31 @@ def laps() -> None:
         for transfer, _, _ in pending:
             transfer.wait()
     wires = [wire.among([0, 1], 1), wire.among([0, 1], 2), wire]  # each counts its own
+    held = []
     for each in wires:
         for _ in range(4):
-            each.exchange([torch.zeros(1)] * 2, [torch.zeros(1)] * 2)
+            each.exchange([torch.zeros(1)] * 2, [torch.zeros(1)] * 2)  # dropped, as by an error
+        for _ in range(4):
+            held.append(each.exchange([torch.zeros(1)] * 2, [torch.zeros(1)] * 2))
     for each in wires:
         with pytest.raises(RuntimeError, match=f"more than 4 messages.*{module.SWITCH}=0"):
             each.exchange([torch.zeros(1)] * 2, [torch.zeros(1)] * 2)
 
 
-def test_a_ring_of_exchanges() -> None:
+def test_laps_of_exchanges() -> None:
     run(2, laps)
+
+
+def out_of_step() -> None:
+    wire = TorchWire(dist.group.WORLD)
+    length = 3 + wire.rank
+    with pytest.raises(RuntimeError, match=r"expected 1[26] bytes from rank [01], but found 1[26]"):
+        wire.exchange([torch.zeros(length)] * 2, [torch.zeros(length)] * 2).wait()
+    dist.barrier()
+
+
+def test_ranks_out_of_step() -> None:
+    run(2, out_of_step)
 
 
 def losing(how: str) -> float:
