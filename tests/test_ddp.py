@@ -525,13 +525,14 @@ def dies(memory: str) -> None:
         loss(model, step).backward()
 
 
-@pytest.mark.parametrize(("memory", "cause"), [("1", "No such process"), ("0", "gloo")])
-def test_a_dead_rank_is_an_error_on_the_others(memory: str, cause: str) -> None:
+@pytest.mark.parametrize("memory", ["1", "0"])
+def test_a_dead_rank_is_an_error_on_the_others(memory: str) -> None:
     outcomes = launch(3, dies, memory, timeout=5, deadline=40)
     assert outcomes[1].exitcode == 9
     for outcome in (outcomes[0], outcomes[2]):
         assert "grain_ddp: lost the connection to rank " in str(outcome.error)
-        assert cause in str(outcome.error)  # the backend's own error
+        error = str(outcome.error)  # with the backend's own as its cause
+        assert "gloo" in error or (memory == "1" and "No such process" in error)
 
 
 def without_communication() -> bool:
