@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,9 +62,8 @@ def _futex(words: NDArray[np.int32], slot: int, operation: int, value: int) -> N
     _libc().syscall(number, words.ctypes.data + 4 * slot, operation, value, ctypes.byref(limit))
 
 
-def _copy(process: int, address: int, out: Tensor) -> None:
-    """Fill a tensor with what lies in another process. OSError if it may not, or that is gone."""
-    to, count = out.data_ptr(), out.nbytes
+def _copy(process: int, address: int, to: int, count: int) -> None:
+    """Copy bytes of another process to an address here. OSError if it may not, or that is gone."""
     while count:  # the kernel stops at 2 GiB
         here, there = _Range(to, count), _Range(address, count)
         done = _libc().process_vm_readv(process, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
@@ -88,7 +86,7 @@ class _Board:
         if os.fstat(file).st_size < size:
             os.ftruncate(file, size)
         memory = mmap.mmap(file, size)
-        self.mark = torch.frombuffer(memory, dtype=torch.int64, count=1)
+        self.mark = np.frombuffer(memory, np.int64, 1)
         self.posted = np.frombuffer(memory, np.int32, slots, 8)
         self.read = np.frombuffer(memory, np.int32, slots, 8 + 4 * slots)
         messages = np.frombuffer(memory, np.int64, slots * ranks * 2, 8 + 8 * slots)
@@ -102,8 +100,8 @@ class _Neighbour(NamedTuple):
 
     def check(self) -> None:
         """OSError if its memory cannot be read, or is not what it seems."""
-        mark = torch.zeros_like(self.board.mark)
-        _copy(self.process, self.mark, mark)
+        mark = np.zeros_like(self.board.mark)
+        _copy(self.process, self.mark, mark.ctypes.data, mark.nbytes)
         if mark != self.board.mark:
             raise OSError("the process of that number is another")
 
@@ -171,7 +169,7 @@ class Exchange:
                 f"expected {out.nbytes} bytes from rank {rank}, but found {length}: it is at "
                 "another place in the program"
             )
-        _copy(other.process, address, out)
+        _copy(other.process, address, out.data_ptr(), length)
 
     def all_read(self) -> None:
         """Tell the others that this rank has read what it wants to."""
@@ -225,9 +223,9 @@ def find(
                 file = os.memfd_create("grain_ddp")
                 files.callback(os.close, file)
                 board = _Board(file, len(local))
-                board.mark.fill_(secrets.randbits(62))
+                board.mark[0] = secrets.randbits(62)
                 _libc().prctl(_PR_SET_PTRACER, _ANYONE, 0, 0, 0)  # for Yama, where there is one
-                shown = file, board.mark.data_ptr()
+                shown = file, board.mark.ctypes.data
         boards = gather(shown)
         others = {}
         for one in local:

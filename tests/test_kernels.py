@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grain_ddp import GrainState, StepRecord, grain_hook, min_norm
 from grain_ddp import gramian as gramian_module
+from grain_ddp import neighbours as neighbours_module
 from grain_ddp import weighting as weighting_module
 from grain_ddp.aggregation import Aggregation
 from grain_ddp.record import PendingRecord
@@ -275,6 +276,7 @@ def refuse(*_: Any) -> Any:
 
 def through_ddp(options: dict[str, Any], dtype: torch.dtype, steps: int) -> Any:
     gramian_module.DEVICES.add("cpu")  # in this rank's process
+    neighbours_module._SLICE = 1  # to look after the others is no reason to wait either
     to_host = weighting_module.to_host
     model = network(dtype)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)

@@ -37,7 +37,7 @@ def allowed() -> bool:
         assert other.stdout is not None
         found, address = torch.zeros(1, dtype=torch.int64), int(other.stdout.readline())
         with contextlib.suppress(OSError):
-            module._copy(other.pid, address, found)
+            module._copy(other.pid, address, found.data_ptr(), found.nbytes)
         other.communicate("\n")
     return found.item() == 7
 
@@ -246,15 +246,15 @@ def losing(how: str) -> float:
 
 @pytest.mark.parametrize("how", ["dies", "dies later"])
 def test_a_dead_rank_is_missed_at_once(how: str) -> None:
-    outcomes = launch(3, losing, how, timeout=12)
+    outcomes = launch(3, losing, how, timeout=9)
     assert outcomes[1].exitcode == 3
     for rank in (0, 2):
         assert outcomes[rank].error is None, outcomes[rank].error
-        assert outcomes[rank].value < 10
+        assert outcomes[rank].value < 7
 
 
 def test_a_rank_that_hangs_is_missed_after_the_timeout() -> None:
-    outcomes = launch(3, losing, "is stopped", timeout=3, deadline=15)
+    outcomes = launch(3, losing, "is stopped", timeout=3, deadline=11)
     for rank in (0, 2):
         assert outcomes[rank].error is None, outcomes[rank].error
         assert 3 <= outcomes[rank].value < 8
