@@ -15,7 +15,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,21 +27,16 @@ if not torch.cuda.is_available():
 from grain_ddp import GrainState, gramian
 from grain_ddp.aggregation import Aggregation
 from grain_ddp.weighting import weigh_tensor
-from grain_ddp.wire import Transfer
+from grain_ddp.wire import Transfer, Wire
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class LocalWire:
+class LocalWire(Wire):
     """Rank 0 of n ranks, alone: what it sends to rank j is what it receives from there."""
 
-    rank = 0
-
     def __init__(self, size: int) -> None:
-        self.size = size
-
-    def agree(self, values: Mapping[str, Any]) -> None:
-        """Nobody else is there."""
+        super().__init__(0, size)
 
     def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
         for j in range(1, self.size):
@@ -53,6 +48,12 @@ class LocalWire:
 
     def all_reduce(self, values: Tensor) -> Transfer:
         return Transfer()
+
+    def same(self, value: str, device: torch.device) -> bool:
+        return True
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value] * self.size
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
@@ -119,8 +120,7 @@ def steps(sizes: Sequence[int], bucket: int, repeats: int) -> None:
 
     for n in sizes:
         for scope in ("global", "bucket"):
-            wire: Any = LocalWire(n)
-            aggregation = Aggregation(GrainState(scope=scope), wire)
+            aggregation = Aggregation(GrainState(scope=scope), LocalWire(n))
 
             def step(aggregation: Aggregation = aggregation) -> None:
                 for buffer in others:
