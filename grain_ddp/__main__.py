@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.set_defaults(run=_doctor)
 
-    from grain_ddp import bench, plan
+    from grain_ddp._tools import bench, plan
 
     bench.arguments(
         commands.add_parser(
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from grain_ddp.report import Run, summary
+    from grain_ddp._tools.report import Run, summary
     from grain_ddp.sinks import read_jsonl
 
     if not Path(options.log).exists():
@@ -102,7 +102,7 @@ def _report(options: argparse.Namespace) -> int:
     print(summary(run, options.batch))
     if options.no_picture:
         return 0
-    from grain_ddp.picture import draw
+    from grain_ddp._tools.picture import draw
 
     out = Path(options.out or Path(options.log).with_suffix(".png"))
     draw(run, out, f"{options.log}: {len(run.finite)} records, {run.n} groups")
@@ -111,7 +111,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from grain_ddp.doctor import examine
+    from grain_ddp._tools.doctor import examine
 
     return 0 if examine(options.timeout) else 1
 

@@ -14,9 +14,9 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire, default_group
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.state import GrainState
+from grain_ddp._wire.torch_wire import TorchWire, default_group
 
 
 def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:

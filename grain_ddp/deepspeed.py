@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grain_ddp.aggregation import MESSAGE_BYTES, Aggregation
-from grain_ddp.packing import flatten, packs
-from grain_ddp.record import StepRecord
-from grain_ddp.sharded import ShardedAggregation, Views
+from grain_ddp._core.aggregation import MESSAGE_BYTES, Aggregation
+from grain_ddp._core.packing import flatten, packs
+from grain_ddp._core.sharded import ShardedAggregation, Views
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.record import StepRecord
+from grain_ddp._wire.torch_wire import TorchWire, default_group
 from grain_ddp.sinks import jsonl
-from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire, default_group
 
 try:
     import deepspeed

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from grain_ddp.sharded import ShardedAggregation
-from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire
+from grain_ddp._core.sharded import ShardedAggregation
+from grain_ddp._core.state import GrainState
+from grain_ddp._wire.torch_wire import TorchWire
 
 logger = logging.getLogger("grain_ddp")
 

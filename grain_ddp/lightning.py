@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.record import StepRecord
 from grain_ddp.ddp import attach
-from grain_ddp.record import StepRecord
 from grain_ddp.sinks import readings
-from grain_ddp.state import GrainState
 
 try:
     from lightning.pytorch import Callback

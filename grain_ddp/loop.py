@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.packing import flatten, packs
-from grain_ddp.record import StepRecord
-from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire, Wire, default_group
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.packing import flatten, packs
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.record import StepRecord
+from grain_ddp._wire.torch_wire import TorchWire, default_group
+from grain_ddp._wire.wire import Wire
 
 BUCKET_BYTES = 25 << 20
 """Gradients smaller than this are copied together into buckets of this size, as DDP does."""

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.record import StepRecord
-from grain_ddp.state import GrainState
-from grain_ddp.wire import Transfer, Wire, extremes_of
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.record import StepRecord
+from grain_ddp._wire.wire import Transfer, Wire, extremes_of
 
 try:
     from mpi4py import MPI

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp import aggregation
-from grain_ddp.aggregation import narrow_dtype, record_of, weights_of
-from grain_ddp.gramian import gramian, weighted_sum
-from grain_ddp.record import StepRecord
-from grain_ddp.state import GrainState
-from grain_ddp.wire import cut
+from grain_ddp._core import aggregation
+from grain_ddp._core.aggregation import narrow_dtype, record_of, weights_of
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.gramian import gramian, weighted_sum
+from grain_ddp._math.record import StepRecord
+from grain_ddp._wire.wire import cut
 
 
 def simulate(

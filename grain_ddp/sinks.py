@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from grain_ddp.record import StepRecord, named
+from grain_ddp._math.record import StepRecord, named
 
 Sink = Callable[[StepRecord], None]
 

@@ -22,10 +22,11 @@ from ranks import flat, local_gradients, loss, network, relative_error, same_eve
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, grain_hook, wire
+from grain_ddp import GrainState, grain_hook
+from grain_ddp._wire import torch_wire
 
 HOST = int(os.environ["NODE_RANK"])
-wire.RING_BYTES = 1 << 10  # gathers by a ring, though gradients are small
+torch_wire.RING_BYTES = 1 << 10  # gathers by a ring, though gradients are small
 
 
 def wrap(net: nn.Module, state: GrainState | None, bucket: float = 0.001) -> Any:

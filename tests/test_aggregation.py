@@ -15,12 +15,12 @@ from harness import launch, run
 from oracle import min_norm_point
 from ranks import SIZES, relative_error, same_everywhere
 
-import grain_ddp.aggregation as aggregation_module
-from grain_ddp.aggregation import Aggregation, cut
-from grain_ddp.record import StepRecord
+import grain_ddp._core.aggregation as aggregation_module
+from grain_ddp._core.aggregation import Aggregation, cut
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.record import StepRecord
+from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.simulation import simulate
-from grain_ddp.state import GrainState
-from grain_ddp.wire import TorchWire
 
 LENGTHS = [1, 2, 7, 1000, 100_003]  # elements of the buckets; the largest takes several messages
 

@@ -15,9 +15,9 @@ from ranks import batch, flat, local_gradients, network, relative_error, same_ev
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.record import PendingRecord
-from grain_ddp.wire import Transfer
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._math.record import PendingRecord
+from grain_ddp._wire.wire import Transfer
 
 pytestmark = [
     pytest.mark.gpu,

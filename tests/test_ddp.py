@@ -29,7 +29,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook, noop_hook
-from grain_ddp.neighbours import SWITCH
+from grain_ddp._wire.neighbours import SWITCH
 
 SMALL = 0.001  # MB: several buckets for the test network
 

@@ -410,7 +410,7 @@ def each_half(stage: int, spoil: bool, dtype: torch.dtype) -> Any:
 
 def many_buckets(stage: int, slack: int) -> tuple[int, float, float]:
     """(buckets, gap, ⟨d, g_i⟩ relative to its bound) where buckets belong to few ranks."""
-    grain_ddp.sharded.SLACK = slack
+    grain_ddp._core.sharded.SLACK = slack
     settings = config(stage, {"scope": "bucket"}, zero={"reduce_bucket_size": 600})
     engine = engine_for(settings)
     before, twin = parameters(engine), network()

@@ -22,10 +22,10 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
+import grain_ddp._core.sharded as sharded_module
 import grain_ddp.fsdp
-import grain_ddp.sharded as sharded_module
 from grain_ddp import GrainState
-from grain_ddp.wire import TorchWire
+from grain_ddp._wire.torch_wire import TorchWire
 
 RATE, MOMENTUM = 0.5, 0.9
 UNITS = (slice(0, 2), slice(2, 4), slice(4, 6))  # of the parameters: two layers, and the root

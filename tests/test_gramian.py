@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grain_ddp.gramian import BLOCK, gramian, weighted_sum
+from grain_ddp._math.gramian import BLOCK, gramian, weighted_sum
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -20,12 +20,12 @@ from ranks import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import grain_ddp.aggregation as aggregation_module
+import grain_ddp._core.aggregation as aggregation_module
 from grain_ddp import GrainState, grain_hook, reduce_gradients
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.passes import Passes
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.passes import Passes
+from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.simulation import simulate
-from grain_ddp.wire import TorchWire
 
 LENGTHS = [1, 3, 1000, 100_003, 7]
 

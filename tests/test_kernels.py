@@ -23,17 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grain_ddp import GrainState, StepRecord, grain_hook, min_norm
-from grain_ddp import gramian as gramian_module
-from grain_ddp import neighbours as neighbours_module
-from grain_ddp import weighting as weighting_module
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.record import PendingRecord
-from grain_ddp.weighting import DeviceWeights, weigh
-from grain_ddp.wire import TorchWire
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._math import gramian as gramian_module
+from grain_ddp._math import weighting as weighting_module
+from grain_ddp._math.record import PendingRecord
+from grain_ddp._math.weighting import DeviceWeights, weigh
+from grain_ddp._wire import neighbours as neighbours_module
+from grain_ddp._wire.torch_wire import TorchWire
 
 pytest.importorskip("triton", minversion="3.7")
-from grain_ddp import kernels
-from grain_ddp.kernel_solver import weights_on_device
+from grain_ddp._math import kernels
+from grain_ddp._math.kernel_solver import weights_on_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,7 +215,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from grain_ddp import kernel_solver, kernels
+from grain_ddp._math import kernel_solver, kernels
 i32 = dict.fromkeys(["stride", "n", "columns", "width"], "i32")
 tile = dict(N=64, BLOCK=32, SHORT=1024, DOT=True, PRECISION="tf32x3", WIDEN=False)
 small = dict(N=8, BLOCK=64, SHORT=4096, DOT=False, PRECISION="ieee", WIDEN=False)

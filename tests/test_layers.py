@@ -3,42 +3,39 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import grain_ddp
 
 PACKAGE = Path(grain_ddp.__file__).parent
 
-# Each module may import from the layers above its own line, and from its own where that is said.
+# A layer may import from those before it. Within one there are no circles, and an integration
+# imports no other.
 LAYERS = [
-    {"solver", "record", "kernels", "kernel_solver", "scratch"},  # mathematics, and memory
-    {"gramian"},
-    {"weighting"},
-    {"neighbours"},  # what moves inside of a host
-    {"wire"},  # what moves
-    {"state", "groups", "passes"},  # options; what forms a row
-    {"aggregation"},  # the only place where both meet
-    {"sharded", "packing"},  # the same without its gather; many gradients as few buffers
-    {"sinks"},  # where records go
-    {"simulation", "ddp", "loop", "deepspeed", "fsdp", "mpi"},  # integrations: none imports another
-    {"huggingface", "lightning"},  # frameworks that make a DDP model
-    {"report", "doctor", "cost"},
-    {"picture"},
-    {"plan"},
-    {"bench"},  # measures what the plan reads
-    {"__init__"},
-    {"__main__"},
+    {"_math", "weighting"},
+    {"_wire"},
+    {"_core", "sinks"},
+    {"ddp", "deepspeed", "fsdp", "loop", "mpi", "simulation"},
+    {"huggingface", "lightning"},  # make a DDP model
+    {"_tools"},
+    {"__init__", "__main__"},
 ]
-MATHEMATICS = {"solver", "record", "kernels", "kernel_solver", "gramian", "weighting"}
-# May name torch.distributed.
-DISTRIBUTED = {"wire", "state", "ddp", "loop", "deepspeed", "fsdp", "mpi", "sinks"}
-DISTRIBUTED |= {"doctor", "bench"}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    """Everything that a module names in an import, itself or what is in it."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -48,35 +45,38 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*LAYERS)
+def ours(module: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    names = {name.removeprefix("grain_ddp.") for name in imports(module) if "grain_ddp." in name}
+    return names & set(MODULES)
 
 
 def test_imports_point_one_way() -> None:
-    above: set[str] = set()
-    for layer in LAYERS:
-        for module in layer:
-            ours = {name.split(".")[1] for name in imports(module) if name.startswith("grain_ddp.")}
-            ours &= set().union(*LAYERS)
-            assert ours <= above, f"{module} imports {ours - above}"
-        above |= layer
+    layer = {top: i for i, tops in enumerate(LAYERS) for top in tops}
+    assert {module.split(".")[0] for module in MODULES} == set(layer)
+    TopologicalSorter({module: ours(module) for module in MODULES}).prepare()  # raises: a circle
+    for module in MODULES:
+        top = module.split(".")[0]
+        for other in ours(module):
+            below = other.split(".")[0]
+            same = top == below or (layer[top] == layer[below] != layer["ddp"])
+            assert same or layer[below] < layer[top], f"{module} imports {other}"
 
 
-def test_the_wire_and_the_mathematics_meet_in_the_aggregation_only() -> None:
-    assert not any("grain_ddp" in name for name in imports("neighbours"))
-    ours = {name for name in imports("wire") if "grain_ddp" in name}
-    assert all(name.startswith("grain_ddp.neighbours") for name in ours)
-    for module in MATHEMATICS:
-        names = imports(module)
-        assert not any(name.startswith(("torch.distributed", "grain_ddp.wire")) for name in names)
-    for module in set().union(*LAYERS) - DISTRIBUTED - {"__init__"}:
-        assert "torch.distributed" not in imports(module)
+def test_the_wire_and_the_mathematics_meet_in_the_core_only() -> None:
+    for module in MODULES:
+        if module.startswith("_math"):
+            assert not any(name.startswith("torch.distributed") for name in imports(module))
+        if module.startswith("_wire"):
+            assert not any(name.startswith("_math") for name in ours(module))
 
 
-def test_importing_the_package_imports_nothing_optional() -> None:
+@pytest.mark.parametrize("use", ["", "grain_ddp.sinks.jsonl; grain_ddp.fsdp.apply"])
+def test_importing_the_package_imports_nothing_optional(use: str) -> None:
     optional = ["deepspeed", "mpi4py", "matplotlib", "sklearn", "scipy", "torch._dynamo"]
     optional += ["tensorboard", "wandb", "triton", "transformers", "accelerate", "lightning"]
-    code = f"import sys, grain_ddp; print([m for m in {optional} if m in sys.modules])"
+    optional = [name for name in optional if not (use and name == "torch._dynamo")]  # FSDP2's own
+    code = f"import sys, grain_ddp; {use}\nprint([m for m in {optional} if m in sys.modules])"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grain_ddp import StepRecord, doctor
+from grain_ddp import StepRecord
 from grain_ddp.__main__ import main
+from grain_ddp._tools import doctor
 from grain_ddp.sinks import jsonl
 
 

@@ -243,7 +243,7 @@ def program(folder: str, *cases: str) -> None:
     import torch
     from mpi4py import MPI
 
-    import grain_ddp.aggregation as aggregation
+    import grain_ddp._core.aggregation as aggregation
 
     torch.set_num_threads(1)
     aggregation.MESSAGE_BYTES = 1 << 12  # several messages per slice

@@ -19,11 +19,11 @@ from ranks import same_everywhere
 from test_aggregation import limited
 from test_sharded import every_cut
 
-import grain_ddp.neighbours as module
-import grain_ddp.wire as wire_module
+import grain_ddp._wire.neighbours as module
+import grain_ddp._wire.torch_wire as wire_module
 from grain_ddp import GrainState
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.wire import TorchWire
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._wire.torch_wire import TorchWire
 
 
 def allowed() -> bool:

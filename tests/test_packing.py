@@ -2,7 +2,7 @@
 
 import torch
 
-from grain_ddp.packing import flatten, packs
+from grain_ddp._core.packing import flatten, packs
 
 
 def test_packs_hold_neighbours_of_one_dtype_up_to_the_limit() -> None:

@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook
 from grain_ddp.__main__ import main
-from grain_ddp.aggregation import SCRATCH_BYTES
-from grain_ddp.cost import Choice, Cluster, Job, Link, _overlapped, choices, cost, overhead
-from grain_ddp.plan import PRESETS, count, growth, recommend
-from grain_ddp.sharded import ShardedAggregation
-from grain_ddp.wire import TorchWire
+from grain_ddp._core.aggregation import SCRATCH_BYTES
+from grain_ddp._core.sharded import ShardedAggregation
+from grain_ddp._tools.cost import Choice, Cluster, Job, Link, _overlapped, choices, cost, overhead
+from grain_ddp._tools.plan import PRESETS, count, growth, recommend
+from grain_ddp._wire.torch_wire import TorchWire
 
 H100 = PRESETS["h100"][0]
 CPU = Cluster(

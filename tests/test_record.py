@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from grain_ddp.record import StepRecord, named
+from grain_ddp._math.record import StepRecord, named
 
 
 def record_of(rows: np.ndarray, weights: np.ndarray) -> StepRecord:

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, StepRecord, grain_hook
-from grain_ddp.picture import draw
-from grain_ddp.report import Run, findings, summary
+from grain_ddp._math.weighting import weigh
+from grain_ddp._tools.picture import draw
+from grain_ddp._tools.report import Run, findings, summary
 from grain_ddp.sinks import jsonl, read_jsonl
-from grain_ddp.weighting import weigh
 
 
 def train(planted: str, weighting: str, path: str, steps: int = 60) -> None:

@@ -11,10 +11,10 @@ from harness import launch, run
 from oracle import min_norm_point
 from ranks import SIZES, gather, relative_error
 
-import grain_ddp.sharded as sharded_module
+import grain_ddp._core.sharded as sharded_module
 from grain_ddp import GrainState
-from grain_ddp.sharded import ShardedAggregation, length, part, read, share, write
-from grain_ddp.wire import TorchWire
+from grain_ddp._core.sharded import ShardedAggregation, length, part, read, share, write
+from grain_ddp._wire.torch_wire import TorchWire
 
 Cut = list[list[tuple[int, int]]]  # for each push, its lengths and whose they are
 

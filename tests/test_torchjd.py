@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook, reduce_gradients
-from grain_ddp.weighting import weigh
+from grain_ddp._math.weighting import weigh
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from grain_ddp.weighting import weigh
+from grain_ddp._math.weighting import weigh
 
 NAN, INF = float("nan"), float("inf")
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from harness import launch, run
 from ranks import SIZES, same_everywhere
 
-import grain_ddp.wire as wire_module
-from grain_ddp.wire import TorchWire
+import grain_ddp._wire.wire as wire_module
+from grain_ddp._wire.torch_wire import TorchWire
 
 
 def exchange(dtype: torch.dtype) -> None:

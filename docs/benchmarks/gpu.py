@@ -24,10 +24,11 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
-from grain_ddp import GrainState, gramian
-from grain_ddp.aggregation import Aggregation
-from grain_ddp.weighting import weigh_tensor
-from grain_ddp.wire import Transfer, Wire
+from grain_ddp import GrainState
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._math import gramian
+from grain_ddp._math.weighting import weigh_tensor
+from grain_ddp._wire.wire import Transfer, Wire
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -21,7 +21,7 @@ import numpy as np
 import quadprog
 import torch
 
-from grain_ddp.solver import min_norm
+from grain_ddp._math.solver import min_norm
 
 KINDS = {
     "full rank": "rows from N(0, I) in 2n dimensions",

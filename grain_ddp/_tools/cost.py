@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from grain_ddp import wire
-from grain_ddp.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
+from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
+from grain_ddp._wire import torch_wire, wire
 
 BACKWARD = 2 / 3
 """The share of a step's computing that is the backward pass, where communication overlaps."""
@@ -221,7 +221,7 @@ class _Network:
     def gather(self, p: int, stride: int, each: float) -> Traffic:
         """As `TorchWire.gather`: to all of them the same `each` bytes."""
         here, piece = self._near(p, stride), each / self._pieces(p, each)
-        if self.cluster.gpu or p in (2, here) or piece < wire.RING_BYTES:
+        if self.cluster.gpu or p in (2, here) or piece < torch_wire.RING_BYTES:
             return self.exchange(p, stride, each)
         sent = (p - 1) * each
         out = sent * self.here / here  # as many rings as a host's ranks have positions

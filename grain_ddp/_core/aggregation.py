@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grain_ddp.gramian import few, gramian, weighted_sum
-from grain_ddp.groups import Inside, Slice, partition
-from grain_ddp.passes import Parts, Passes
-from grain_ddp.record import PendingRecord, StepRecord
-from grain_ddp.scratch import Scratch
-from grain_ddp.state import GrainState
-from grain_ddp.weighting import DeviceWeights, Weights, uniform, weigh_tensor
-from grain_ddp.wire import Transfer, Wire, cut
+from grain_ddp._core.groups import Inside, Slice, partition
+from grain_ddp._core.passes import Parts, Passes
+from grain_ddp._core.scratch import Scratch
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.gramian import few, gramian, weighted_sum
+from grain_ddp._math.record import PendingRecord, StepRecord
+from grain_ddp._math.weighting import DeviceWeights, Weights, uniform, weigh_tensor
+from grain_ddp._wire.wire import Transfer, Wire, cut
 
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""

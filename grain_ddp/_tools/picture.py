@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from grain_ddp.record import Array
-from grain_ddp.report import Run, grain_weights, norms_of, opposed
+from grain_ddp._math.record import Array
+from grain_ddp._tools.report import Run, grain_weights, norms_of, opposed
 
 MEAN, GRAIN = "tab:gray", "tab:blue"
 STANDS_OUT = ("tab:red", "tab:orange", "tab:purple", "tab:brown")

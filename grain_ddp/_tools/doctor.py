@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import grain_ddp
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.solver import min_norm
 from grain_ddp.ddp import grain_hook
-from grain_ddp.solver import min_norm
-from grain_ddp.state import GrainState
 
 EXTRAS = {  # distribution: what it is for
     "matplotlib": "pictures of `grain-ddp report`: pip install 'grain-ddp[plot]'",
@@ -109,7 +109,7 @@ def _host() -> str:
 def _two_ranks(backend: str, timeout: float) -> tuple[bool, str]:
     """Train a small model on two processes. Whether it went well, and what to tell the user."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "grain_ddp.doctor", backend, folder, str(timeout)]
+        command = [sys.executable, "-m", "grain_ddp._tools.doctor", backend, folder, str(timeout)]
         # Where this copy of the package is, installed or not.
         source = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))

@@ -1,7 +1,7 @@
 """The weights of up to 64 groups, on the GPU: one Triton program, and nothing waits for it.
 
-The method is that of `grain_ddp.solver`, which says why; here vectors and matrices are padded to a
-power of two, and a subset of the coordinates is a mask.
+The method is that of `solver.py`, which says why; here vectors and matrices are padded to a power
+of two, and a subset of the coordinates is a mask.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _factor(K, n, i, j):
 
 @triton.jit
 def _face(C, u, free, n, i, j):
-    """The problem on the free coordinates, factored, as grain_ddp.solver._Face: F, v, scale."""
+    """The problem on the free coordinates, factored, as `_Face` of solver.py: F, v, scale."""
     scale = tl.max(tl.where(free, u, 0.0))
     v = tl.where(free, u / scale, 0.0)
     K = tl.where(free[:, None] & free[None, :], C + v[:, None] * v[None, :], 0.0)

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp.cost import Cluster, Link
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.gramian import gramian, weighted_sum
+from grain_ddp._math.weighting import weigh
+from grain_ddp._tools.cost import Cluster, Link
+from grain_ddp._tools.picture import canvas
+from grain_ddp._tools.plan import count
+from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.ddp import grain_hook
-from grain_ddp.gramian import gramian, weighted_sum
-from grain_ddp.picture import canvas
-from grain_ddp.plan import count
 from grain_ddp.sinks import jsonl
-from grain_ddp.state import GrainState
-from grain_ddp.weighting import weigh
-from grain_ddp.wire import TorchWire
 
 PLAIN, NOOP = "plain DDP", "no-op hook"
 HOW = "torchrun --nproc_per_node=4 -m grain_ddp bench"

@@ -11,8 +11,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from grain_ddp.cost import SCOPES, Choice, Cluster, Job, Link, choices, cost, overhead, uniform
-from grain_ddp.picture import canvas
+from grain_ddp._tools.cost import (
+    SCOPES,
+    Choice,
+    Cluster,
+    Job,
+    Link,
+    choices,
+    cost,
+    overhead,
+    uniform,
+)
+from grain_ddp._tools.picture import canvas
 
 GROWTH = tuple(2**k for k in range(1, 15))
 """Numbers of ranks in tables and pictures: up to 16,384."""

@@ -46,7 +46,7 @@ def gramian(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """
     n, columns, dtype = len(rows), rows[0].shape[0], rows[0].dtype
     if has_kernels(rows[0]) and dtype != torch.float64:
-        from grain_ddp import kernels
+        from grain_ddp._math import kernels
 
         if n <= kernels.LARGEST:
             return kernels.gramian(_matrix(rows))
@@ -106,7 +106,7 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = N
     not read rows of weight zero; elsewhere 0 · NaN is NaN.
     """
     if has_kernels(rows):
-        from grain_ddp import kernels
+        from grain_ddp._math import kernels
 
         kernels.weighted_sum(rows, weights, out)
         return

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from grain_ddp.record import StepRecord
-from grain_ddp.weighting import RULES, Weighting
+from grain_ddp._math.record import StepRecord
+from grain_ddp._math.weighting import RULES, Weighting
 
 _CHOICES = {"scope": ("global", "bucket"), "nonfinite": ("propagate", "drop")}
 _TRANSIENT = ("process_group", "_runtime")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from grain_ddp.record import Array, StepRecord, named
-from grain_ddp.weighting import weigh
+from grain_ddp._math.record import Array, StepRecord, named
+from grain_ddp._math.weighting import weigh
 
 # A group stands out if its mean over the run differs from the groups' median by this many robust
 # standard deviations of the groups (Iglewicz and Hoaglin 1993) and by this many standard errors.

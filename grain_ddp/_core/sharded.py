@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp.aggregation import (
+from grain_ddp._core.aggregation import (
     MESSAGE_BYTES,
     SCRATCH_BYTES,
     narrow_dtype,
@@ -22,11 +22,12 @@ from grain_ddp.aggregation import (
     start_sum,
     weights_of_sum,
 )
-from grain_ddp.gramian import gramian, weighted_sum
-from grain_ddp.record import StepRecord
-from grain_ddp.state import GrainState
-from grain_ddp.weighting import DeviceWeights, Weights, uniform
-from grain_ddp.wire import TorchWire, Transfer
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.gramian import gramian, weighted_sum
+from grain_ddp._math.record import StepRecord
+from grain_ddp._math.weighting import DeviceWeights, Weights, uniform
+from grain_ddp._wire.torch_wire import TorchWire
+from grain_ddp._wire.wire import Transfer
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""

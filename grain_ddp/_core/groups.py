@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp.gramian import weighted_sum
-from grain_ddp.scratch import Scratch
-from grain_ddp.wire import Transfer, Wire, cut
+from grain_ddp._core.scratch import Scratch
+from grain_ddp._math.gramian import weighted_sum
+from grain_ddp._wire.wire import Transfer, Wire, cut
 
 
 def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""Mathematics: the Gramian, the rules that give weights, the record. No torch.distributed."""

@@ -1,0 +1,235 @@
+"""From a Gramian to weights: the rules by name, and which groups count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grain_ddp._math.gramian import has_kernels
+from grain_ddp._math.record import Array
+from grain_ddp._math.solver import judge, min_norm
+
+Indices = NDArray[np.intp]
+Weighting = str | Callable[[Tensor], Tensor]
+"""A name in `RULES`, or a callable from a float64 CPU Gramian ``[n, n]`` to weights ``[n]``."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weighting made of one Gramian; the fields are those of `StepRecord`."""
+
+    gramian: Array
+    weights: Array
+    status: str
+    active: tuple[int, ...]
+    dropped: tuple[int, ...]
+    gap: float
+
+    def factors(self, dtype: torch.dtype) -> Array:
+        """What to multiply the groups' gradients of that dtype with, ``[n]``: the weights.
+
+        Or zeros, where the aggregate d is zero to rounding: else its rounding errors would come
+        out, which point anywhere, against some gradient too. The mean stays what it is.
+        """
+        if self.status == "mean":
+            return self.weights
+        eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
+        gramian, weights = self.gramian, self.weights
+        if len(self.active) < len(weights):
+            counted = list(self.active)
+            gramian, weights = gramian[np.ix_(counted, counted)], weights[counted]
+        with np.errstate(all="ignore"):  # NaN and inf have no order: the weights it is
+            square, largest = weights @ gramian @ weights, np.diagonal(gramian).max(initial=0.0)
+            zero = square <= (4 * eps) ** 2 * largest
+        return np.zeros_like(self.weights) if zero else self.weights
+
+    def factors_for(self, gradient: Tensor) -> Tensor:
+        """The factors for gradients like this one, on its device; the host does not wait."""
+        factors = torch.from_numpy(self.factors(gradient.dtype))
+        if gradient.device.type == "cuda":  # a copy from pageable memory would wait
+            factors = factors.pin_memory()
+        return factors.to(gradient.device, non_blocking=True)
+
+
+class DeviceWeights:
+    """Weights that were found on the GPU and are still there: `read` gives the `Weights`."""
+
+    dropped = ()  # their factors are zero, and the kernel leaves out such rows
+
+    def __init__(self, gramian: Tensor, rule: str, cap: float | None, nonfinite: str) -> None:
+        from grain_ddp._math.kernel_solver import weights_on_device
+
+        self._gramian, self._rule, self._cap, self._nonfinite = gramian, rule, cap, nonfinite
+        self._found = weights_on_device(gramian, rule, cap, nonfinite == "drop")
+        self._ready: torch.cuda.Event | None = None
+        if gramian.device.type == "cuda":
+            self._ready = torch.cuda.current_stream(gramian.device).record_event()
+
+    def factors_for(self, gradient: Tensor) -> Tensor:
+        """The factors for gradients like this one."""
+        n, wide = len(self._gramian), gradient.dtype == torch.float64
+        return self._found[2 * n : 3 * n] if wide else self._found[n : 2 * n]
+
+    def read(self) -> Weights:
+        """The weights on the CPU. Waits for the step that made them, not for what came later."""
+        gramian = to_host(self._gramian, self._ready).numpy()
+        found = to_host(self._found, self._ready).numpy()
+
+        def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+            weights = found[active]
+            if self._rule != "min_norm":
+                return weights, self._rule
+            return weights, str(judge(inner, weights, self._cap, bool(found[-1]))[2])
+
+        return _weigh(gramian, self._rule, self._nonfinite, rule)
+
+
+def uniform(n: int) -> Weights:
+    """Plain averaging of n groups, whose Gramian nobody asked for."""
+    every = tuple(range(n))
+    return Weights(np.full((n, n), np.nan), np.full(n, 1 / n), "mean", every, (), float("nan"))
+
+
+def _mean(gramian: Array, cap: float | None) -> tuple[Array, str]:
+    return np.full(len(gramian), 1 / len(gramian)), "mean"
+
+
+def _min_norm(gramian: Array, cap: float | None) -> tuple[Array, str]:
+    solution = min_norm(gramian, cap=cap)
+    return np.asarray(solution.weights), str(solution.status)
+
+
+def _inverse_norm(gramian: Array, cap: float | None) -> tuple[Array, str]:
+    # Relative to the smallest, so that no square of a norm, however small, overflows.
+    squares = np.diagonal(gramian)
+    weights = squares.min() / squares
+    return weights / weights.sum(), "inverse_norm"
+
+
+RULES: dict[str, Callable[[Array, float | None], tuple[Array, str]]] = {
+    "min_norm": _min_norm,
+    "mean": _mean,
+    "inverse_norm": _inverse_norm,
+}
+
+
+def weigh(
+    gramian: Array,
+    weighting: Weighting,
+    *,
+    cap: float | None = None,
+    nonfinite: str = "propagate",
+    seed: int = 0,
+) -> Weights:
+    """Weights of the n groups from their Gramian ``[n, n]`` (float64).
+
+    A group whose gradient is zero is absent: it gets weight 0 (except from "mean", which divides by
+    n whatever the gradients are, as plain averaging does). With ``nonfinite="drop"`` so does one
+    whose gradient is not finite. Otherwise, or if no group is finite, all weights are 1/n, so that
+    the NaN or inf comes out as it would from averaging.
+
+    A callable sees the Gramian of the groups that count. It runs with torch's global random
+    generator seeded by `seed` and restored afterwards, so that all ranks draw alike.
+
+    Raises:
+        ValueError: a callable did not return one finite weight per group.
+    """
+
+    def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+        if callable(weighting):
+            return _call(weighting, inner, seed), "custom"
+        return RULES[weighting](inner, cap)
+
+    return _weigh(gramian, weighting, nonfinite, rule)
+
+
+def weigh_tensor(
+    gramian: Tensor,
+    weighting: Weighting,
+    *,
+    cap: float | None = None,
+    nonfinite: str = "propagate",
+    seed: int = 0,
+) -> Weights | DeviceWeights:
+    """`weigh`, of a Gramian on any device.
+
+    On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
+    wait. Else the Gramian is copied to the CPU, and the host waits for it.
+    """
+    if has_kernels(gramian) and not callable(weighting):
+        from grain_ddp._math.kernel_solver import LARGEST
+
+        if len(gramian) <= LARGEST:
+            return DeviceWeights(gramian, weighting, cap, nonfinite)
+    host = to_host(gramian).numpy()
+    return weigh(host, weighting, cap=cap, nonfinite=nonfinite, seed=seed)
+
+
+def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:
+    """The tensor on the CPU. On a GPU the host waits for `ready`, or for the current stream so far.
+
+    A stream of its own, so that what is queued later is not waited for.
+    """
+    if tensor.device.type != "cuda":
+        return tensor
+    ready = ready or torch.cuda.current_stream(tensor.device).record_event()
+    stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        stream.record_event().synchronize()
+    return host
+
+
+def _weigh(
+    gramian: Array,
+    weighting: Weighting,
+    nonfinite: str,
+    rule: Callable[[Array, Indices], tuple[Array, str]],
+) -> Weights:
+    """By a rule that sees the Gramian of the groups that count, and which they are."""
+    n = len(gramian)
+    squares = np.diagonal(gramian)
+    finite = np.isfinite(squares)
+    dropped: tuple[int, ...] = ()
+    if not finite.all():
+        if nonfinite != "drop" or not finite.any():
+            return Weights(
+                gramian,
+                np.full(n, 1 / n),
+                "not finite: a gradient has NaN or inf, which was propagated",
+                tuple(range(n)),
+                (),
+                float("nan"),
+            )
+        dropped = tuple(np.flatnonzero(~finite).tolist())
+    counted = finite if weighting == "mean" else finite & (squares > 0)
+    active = np.flatnonzero(counted)
+    weights = np.zeros(n)
+    if not len(active):
+        return Weights(gramian, weights, "zero: every gradient is zero", (), dropped, 0.0)
+    inner = gramian if len(active) == n else gramian[np.ix_(active, active)]
+    weights[active], status = rule(inner, active)
+    products = inner @ weights[active]
+    gap = float(weights[active] @ products - products.min())
+    return Weights(gramian, weights, status, tuple(active.tolist()), dropped, max(gap, 0.0))
+
+
+def _call(weighting: Callable[[Tensor], Tensor], gramian: Array, seed: int) -> Array:
+    # Gradients, which a backward pass's hook runs without: a weighting may optimise by autograd.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        result = weighting(torch.from_numpy(gramian.copy()))
+    found = np.asarray(torch.as_tensor(result).detach().double().cpu())
+    if found.shape != (len(gramian),) or not np.isfinite(found).all():
+        raise ValueError(
+            f"grain_ddp: the weighting {weighting!r} must return {len(gramian)} finite weights, "
+            f"one per group, but it returned {result!r}."
+        )
+    return found
