@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grain_ddp._core.aggregation import MESSAGE_BYTES, Aggregation
 from grain_ddp._core.packing import flatten, packs
-from grain_ddp._core.sharded import ShardedAggregation, Views
+from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
 from grain_ddp._wire.torch_wire import TorchWire, default_group
@@ -330,13 +330,21 @@ def _sink(path: Any, wire: TorchWire) -> Callable[[StepRecord], None] | None:
 # The stages
 
 
-class _Replicated:
+class _Owner:
+    gone = False
+    engine: Any
+
+    def __str__(self) -> str:
+        return f"the DeepSpeed engine of {type(self.engine.module).__name__}"
+
+
+class _Replicated(_Owner):
     """Every rank has the whole result: stage 0, and the optimizer of stage 1 that keeps bf16
     parameters with fp32 gradients."""
 
     def __init__(self, engine: Any, state: GrainState, wire: TorchWire) -> None:
         self.engine, self.state = engine, state
-        self.aggregation = Aggregation(state, wire)
+        self.aggregation = Aggregation(state, wire, self)
         # DeepSpeed divides the loss by the number of passes, of which each is a group here.
         self.scale = state.microbatches * (1 if engine.gradient_average else wire.size)
         engine._reduce_non_expert_gradients = self.reduce
@@ -376,7 +384,7 @@ class _Replicated:
         copy_back()
 
 
-class _Sharded:
+class _Sharded(_Owner):
     """Stages 1, 2 and 3: the owner of a part of the parameters gets that part of the aggregate.
 
     DeepSpeed fills a bucket, has it reduced, and takes this rank's part from it. In bucket scope
@@ -395,6 +403,7 @@ class _Sharded:
         self.aggregation = ShardedAggregation(
             state,
             wire,
+            self,
             scale=wire.size if sums else 1,
             scratch=2 * self.optimizer.reduce_bucket_size * itemsize,
         )
@@ -467,7 +476,7 @@ class _Sharded:
             "which counts what is missing as zero."
         )
 
-    def push(self, owned: list[Views]) -> None:
+    def push(self, owned: list[list[Tensor]]) -> None:
         """Aggregate, now or with all of the step, what belongs to each rank, in place."""
         self.state.step = self.engine.global_steps
         with torch.no_grad():
@@ -485,7 +494,7 @@ class _Sharded:
         """Called on every rank for a parameter that has a gradient on some only."""
         raise NotImplementedError
 
-    def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[Views]:
+    def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[list[Tensor]]:
         """Of flat gradients (group, parameter, gradient): what belongs to each rank."""
         raise NotImplementedError
 
@@ -537,9 +546,9 @@ class _Stage12(_Sharded):
             if self.optimizer.use_grad_accum_attribute:
                 self.optimizer.fill_grad_accum_attribute()
 
-    def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[Views]:
+    def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[list[Tensor]]:
         optimizer = self.optimizer
-        owned: list[Views] = [[] for _ in range(self.wire.size)]
+        owned: list[list[Tensor]] = [[] for _ in range(self.wire.size)]
         for i, p, gradient in gradients:
             key = optimizer.get_param_id(p)
             ranks = optimizer.param_to_partition_ids[i][key]
@@ -589,8 +598,8 @@ class _Stage3(_Sharded):
             "loss has to reach the same parameters."
         )
 
-    def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[Views]:
-        owned: list[Views] = [[] for _ in range(self.wire.size)]
+    def owned(self, gradients: Iterable[tuple[int, Any, Tensor]]) -> list[list[Tensor]]:
+        owned: list[list[Tensor]] = [[] for _ in range(self.wire.size)]
         for _, _, gradient in gradients:
             width = -(-len(gradient) // self.wire.size)
             for rank, views in enumerate(owned):

@@ -37,14 +37,15 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
             gradient on any rank, or the state serves a DDP model.
         RuntimeError: torch.distributed is not initialised.
     """
-    if state._runtime is None:
-        group = state.process_group
-        if group is None and not (state.microbatches > 1 and _alone()):
-            group = default_group()
-        state._runtime = Aggregation(state, TorchWire(group))
-    aggregation = state._runtime
-    if not isinstance(aggregation, Aggregation):
-        raise ValueError("grain_ddp: this GrainState serves a DDP model. Make one per model.")
+    loop = state.owner
+    if loop is None:
+        loop = _Loop(state)
+    elif not isinstance(loop, _Loop):
+        raise ValueError(
+            f"grain_ddp: this GrainState serves {loop}, and cannot serve reduce_gradients too. "
+            "Make a GrainState for each model."
+        )
+    aggregation = loop.aggregation
     trained = [p for p in parameters if p.requires_grad]
     with torch.no_grad():
         _fill_missing(trained, aggregation.wire)
@@ -56,6 +57,21 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
             parts = [(names[id(gradient)], gradient.numel()) for gradient in pack]
             aggregation.push(*flatten(pack), parts)
         return aggregation.finish()
+
+
+class _Loop:
+    """What `reduce_gradients` keeps from step to step."""
+
+    gone = False
+
+    def __init__(self, state: GrainState) -> None:
+        group = state.process_group
+        if group is None and not (state.microbatches > 1 and _alone()):
+            group = default_group()
+        self.aggregation = Aggregation(state, TorchWire(group), self)
+
+    def __str__(self) -> str:
+        return "reduce_gradients"
 
 
 def _alone() -> bool:

@@ -73,9 +73,10 @@ def reduce_gradient(
         )
     if use not in ("new", "in use"):
         raise ValueError(f"grain_ddp: this GrainState {use} (seen on rank {wire.rank}).")
-    if state._runtime is None:
-        state._runtime = Aggregation(state, wire)
-    aggregation: Aggregation = state._runtime
+    owner = state.owner
+    if owner is None:
+        owner = _Owner(state, wire)
+    aggregation: Aggregation = owner.aggregation
     with torch.no_grad():
         aggregation.push(torch.from_numpy(array.reshape(-1)))
         return aggregation.finish()
@@ -107,11 +108,23 @@ def _use(state: GrainState, wire: MpiWire) -> str:
     """In words: whether the state can be used for this communicator."""
     if state.process_group is not None:
         return "has a process_group, and MPI has a communicator: leave process_group at None"
-    if state._runtime is None:
+    if state.owner is None:
         return "new"
-    if isinstance(state._runtime, Aggregation) and state._runtime.wire.whole is wire:
+    if isinstance(state.owner, _Owner) and state.owner.aggregation.wire.whole is wire:
         return "in use"
-    return "serves another communicator or model: make one for each"
+    return f"serves another communicator or model ({state.owner}): make one for each"
+
+
+class _Owner:
+    """What `reduce_gradient` keeps from step to step."""
+
+    gone = False
+
+    def __init__(self, state: GrainState, wire: MpiWire) -> None:
+        self.aggregation = Aggregation(state, wire, self)
+
+    def __str__(self) -> str:
+        return "reduce_gradient"
 
 
 class _Messages(Transfer):

@@ -409,7 +409,7 @@ def broken_backward(scope: str) -> Any:
             with pytest.raises(ArithmeticError):
                 loss(model, step).backward()
             handle.remove()
-            assert state._runtime.aggregation.pending
+            assert state.owner.aggregation.pending
             model.reducer._reset_state()
             continue
         loss(model, step).backward()

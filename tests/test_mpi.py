@@ -115,7 +115,7 @@ def case_state(world: Any) -> Any:
     for _ in range(2):
         steps.append(reduce_gradient(gradient(world.rank), half).step)
         steps.append(reduce_gradient(gradient(world.rank), half, state).step)
-    copy = state._runtime.wire.comm
+    copy = state.owner.aggregation.wire.comm
     half.Free()
     from mpi4py import MPI
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grain_ddp import GrainState, grain_hook
 from grain_ddp.__main__ import main
 from grain_ddp._core.aggregation import SCRATCH_BYTES
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._tools.cost import Choice, Cluster, Job, Link, _overlapped, choices, cost, overhead
 from grain_ddp._tools.plan import PRESETS, count, growth, recommend
@@ -116,9 +117,11 @@ def test_grain_by_hand() -> None:
     """Two hosts of one rank: exchange, Gramian, solve, and the gather, which is slower here."""
     cluster = replace(CPU, per_host=1, far=Link(1e-3, 1e8), solver=((2, 0.01),))
     found = cost(cluster, Job(10**6, 4, 1, 0.3), 2, Choice("global"))
-    assert found.sent == 4e6 + 3 * 8
+    assert found.sent == 4e6 + (3 + MARKS) * 8
     half = 1e-3 + 2e6 / 1e8
-    assert found.seconds == pytest.approx(0.3 + 4e6 / 5e9 + half + 1e-3 + 24 / 1e8 + 0.01 + half)
+    assert found.seconds == pytest.approx(
+        0.3 + 4e6 / 5e9 + half + 1e-3 + (3 + MARKS) * 8 / 1e8 + 0.01 + half
+    )
 
 
 @given(st.integers(1, 30), st.floats(0, 1), st.floats(0, 0.1))

@@ -28,6 +28,7 @@ from itertools import pairwise
 from typing import Any
 
 from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._wire import torch_wire, wire
 
 BACKWARD = 2 / 3
@@ -237,7 +238,8 @@ class _Network:
         return min(max(self.here // stride, 1), p)
 
     def sum(self, numbers: int) -> Traffic:
-        """As `TorchWire.sum`, of numbers in fp64, over all ranks."""
+        """As `TorchWire.sum`, of a Gramian's numbers in fp64 and its marks, over all ranks."""
+        numbers += MARKS
         if self.ranks <= wire._GATHER_LIMIT:
             return self.exchange(self.ranks, 1, 8 * numbers)
         return self.ring(self.ranks, 8 * numbers) * 2

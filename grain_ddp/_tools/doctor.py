@@ -185,7 +185,7 @@ def _rank(backend: str, folder: str, timeout: float, rank: int) -> None:
         if not error < 1e-5:
             raise AssertionError(f"weighting={weighting!r} is off by {error:.1e}, expected < 1e-5")
     if backend == "gloo":
-        near = state._runtime.aggregation.wire.shares_memory(device)
+        near = state.owner.aggregation.wire.shares_memory(device)
         way = "each reads the other's memory" if near else "over the network"
         Path(folder, "way").write_text(f": {way}")
     dist.barrier()
