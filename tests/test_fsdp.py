@@ -663,9 +663,10 @@ def refused() -> None:
     error(model, "was called for this model, or a part of it, before")
     with pytest.raises(ValueError, match="serves the FSDP2 model"):
         grain_ddp.fsdp.apply(sharded(), state)
-    state.load_state_dict(state.state_dict())
-    grain_ddp.fsdp.apply(sharded(), state)
-    with pytest.raises(ValueError, match="was given to another model"):
+    state.load_state_dict({**state.state_dict(), "cap": 2})  # other options: to be agreed anew
+    grain_ddp.fsdp.apply(other := sharded(), state)
+    assert other is not model
+    with pytest.raises(ValueError, match="was given to the FSDP2 model"):
         loss(model, 0).backward()
     model, state = wrap({})
     state.load_state_dict({"scope": "global"})

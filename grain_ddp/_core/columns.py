@@ -60,6 +60,7 @@ class Columns:
         self._in_place = home is not None and block is None and self.narrow is None and n > 1
         # Whether it stays there for the Gramian too, which is as fast so.
         self._apart = self._in_place and few(self.own[0], n)
+        self._like = next(view for views in slots for view in views)
         self._scratch: Scratch | None = None  # whose memory this holds, if any
         self._sent: Sequence[Tensor] = ()
         self._rows: Sequence[Tensor] = ()  # [r, c] of all groups; or two such, side by side
@@ -75,10 +76,9 @@ class Columns:
         """
         n, me = self.wire.size, self.wire.rank
         if self.block is None:
-            like = next(view for views in self.slots for view in views)
-            sent = [read(views, like) for views in self.slots]
+            sent = [read(views, self._like) for views in self.slots]
         else:
-            like, lengths = self.block, [self.passes * length(views) for views in self.slots]
+            lengths = [self.passes * length(views) for views in self.slots]
             sent = list(self.block.split_with_sizes(lengths))
         if n == 1:
             self._rows = [sent[0].view(self.passes, length(self.own))]
@@ -86,7 +86,7 @@ class Columns:
         extra = EXTRA if self.narrow else 0
         lengths = [len(values) + extra for values in sent]
         room, beside = n * lengths[me], sum(lengths) if self.narrow else 0
-        memory = self._hold(scratch, room + beside, self.narrow or like.dtype, limit)
+        memory = self._hold(scratch, room + beside, self.narrow or self._like.dtype, limit)
         rows = memory[:room].view(n, -1)
         if self.narrow:
             messages = memory[room:].split_with_sizes(lengths)
@@ -219,8 +219,8 @@ class Columns:
 
     def _hold(self, scratch: Scratch, count: int, dtype: torch.dtype, limit: int) -> Tensor:
         self._scratch = scratch
-        device = self.own[0].device if self.own else self.slots[0][0].device
-        return scratch.lend(self, count * dtype.itemsize, device, limit).view(dtype)[:count]
+        size, device = count * dtype.itemsize, self._like.device
+        return scratch.lend(self, size, device, limit).view(dtype)[:count]
 
     def _let_go(self) -> None:
         if self._scratch is not None:
