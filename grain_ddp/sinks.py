@@ -21,6 +21,7 @@ import numpy as np
 import torch.distributed as dist
 
 from grain_ddp._math.record import StepRecord, named
+from grain_ddp._math.status import Status
 
 Sink = Callable[[StepRecord], None]
 
@@ -217,12 +218,20 @@ def _record(values: dict[str, Any]) -> StepRecord:
         np.array(values["gramian"], dtype=np.float64),
         np.array(values["weights"], dtype=np.float64),
         gap if nested else float(gap),
-        tuple(values["status"]) if nested else values["status"],
+        tuple(map(_status, values["status"])) if nested else _status(values["status"]),
         *(
             tuple(map(tuple, values[name])) if nested else tuple(values[name])
             for name in ("active", "dropped")
         ),
     )
+
+
+def _status(text: str) -> Any:
+    """The status with this text, or the text of another version's log."""
+    try:
+        return Status(text)
+    except ValueError:
+        return text
 
 
 @cache  # the sink itself holds the folder only, so that a state with it can be pickled

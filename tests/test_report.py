@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, StepRecord, grain_hook
+from grain_ddp import GrainState, Status, StepRecord, grain_hook
 from grain_ddp._math.weighting import weigh
 from grain_ddp._tools.picture import draw
 from grain_ddp._tools.report import Run, findings, summary
@@ -147,7 +147,7 @@ def test_what_went_wrong_is_told() -> None:
     broken = records[3].gramian.copy()
     broken[1] = broken[:, 1] = np.nan
     records[3] = dataclasses.replace(
-        records[3], gramian=broken, dropped=(1,), status="not finite: propagated"
+        records[3], gramian=broken, dropped=(1,), status=Status.NOT_FINITE
     )
     zero = records[5].gramian.copy()
     zero[2] = zero[:, 2] = 0
@@ -164,7 +164,7 @@ def test_what_went_wrong_is_told() -> None:
 def test_a_watched_run_stays_one_when_a_gradient_is_not_finite() -> None:
     records = records_of(gradients(20))
     records[3] = dataclasses.replace(
-        records[3], gramian=np.full((4, 4), np.nan), status="not finite: propagated"
+        records[3], gramian=np.full((4, 4), np.nan), status=Status.NOT_FINITE
     )
     run = Run.of(records)
     assert not run.min_norm

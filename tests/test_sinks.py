@@ -17,13 +17,13 @@ from harness import run
 from ranks import flat, loss, network
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, StepRecord, grain_hook
+from grain_ddp import GrainState, Status, StepRecord, grain_hook
 from grain_ddp.sinks import CURVES, jsonl, log, read_jsonl, scalars, tensorboard, wandb
 
 
 def record(step: int = 0, n: int = 3) -> StepRecord:
     rows = np.random.default_rng(step).normal(size=(n, 5))
-    return StepRecord(step, rows @ rows.T, np.full(n, 1 / n), 0.1, "mean", tuple(range(n)), ())
+    return StepRecord(step, rows @ rows.T, np.full(n, 1 / n), 0.1, Status.MEAN, tuple(range(n)), ())
 
 
 def buckets() -> StepRecord:
@@ -33,7 +33,7 @@ def buckets() -> StepRecord:
         np.stack([one.gramian, 2 * one.gramian]),
         np.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]),
         np.array([0.0, 1e-17]),
-        ("optimal", "custom"),
+        ("optimal in another version", Status.CUSTOM),
         ((0, 1), (0, 1, 2)),
         ((2,), ()),
     )

@@ -1,9 +1,13 @@
 """From a Gramian to weights: the named rules, absent and non-finite groups, callables."""
 
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
+from grain_ddp._math.status import Status
 from grain_ddp._math.weighting import weigh
 
 NAN, INF = float("nan"), float("inf")
@@ -30,6 +34,16 @@ def test_inverse_norm_and_mean() -> None:
     np.testing.assert_allclose(weigh(tiny, "inverse_norm").weights, [1, 1e-10])
 
 
+def test_a_status_is_its_text() -> None:
+    status = weigh(np.eye(2), "mean").status
+    assert status is Status.MEAN
+    assert status == str(status) == f"{status}" == "mean"
+    assert {status} == {"mean"}
+    assert json.loads(json.dumps([status])) == ["mean"]
+    assert pickle.loads(pickle.dumps(status)) is status
+    assert weigh(np.eye(2), lambda G: torch.ones(2)).status is Status.CUSTOM
+
+
 def test_cap() -> None:
     gramian = gramian_of([10, 0, 0], [0, 10, 0], [0, 0, 1])
     assert weigh(gramian, "min_norm").weights[2] > 0.9
@@ -52,7 +66,7 @@ def test_only_zero_gradients() -> None:
     found = weigh(np.zeros((3, 3)), "min_norm")
     np.testing.assert_array_equal(found.weights, 0)
     assert found.active == ()
-    assert "zero" in found.status
+    assert found.status is Status.ABSENT
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -60,7 +74,7 @@ def test_propagate(bad: float) -> None:
     gramian = gramian_of([1, 0], [bad, 0], [0, 1])
     found = weigh(gramian, "min_norm")
     np.testing.assert_array_equal(found.weights, np.full(3, 1 / 3))
-    assert "not finite" in found.status
+    assert found.status is Status.NOT_FINITE
     np.testing.assert_array_equal(found.factors(torch.float32), found.weights)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from grain_ddp._math.gramian import has_kernels
 from grain_ddp._math.record import Array
 from grain_ddp._math.solver import judge, min_norm
+from grain_ddp._math.status import Status
 
 Indices = NDArray[np.intp]
 Weighting = str | Callable[[Tensor], Tensor]
@@ -25,7 +26,7 @@ class Weights:
 
     gramian: Array
     weights: Array
-    status: str
+    status: Status
     active: tuple[int, ...]
     dropped: tuple[int, ...]
     gap: float
@@ -36,7 +37,7 @@ class Weights:
         Or zeros, where the aggregate d is zero to rounding: else its rounding errors would come
         out, which point anywhere, against some gradient too. The mean stays what it is.
         """
-        if self.status == "mean":
+        if self.status is Status.MEAN:
             return self.weights
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
         gramian, weights = self.gramian, self.weights
@@ -80,11 +81,11 @@ class DeviceWeights:
         gramian = to_host(self._gramian, self._ready).numpy()
         found = to_host(self._found, self._ready).numpy()
 
-        def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+        def rule(inner: Array, active: Indices) -> tuple[Array, Status]:
             weights = found[active]
             if self._rule != "min_norm":
-                return weights, self._rule
-            return weights, str(judge(inner, weights, self._cap, bool(found[-1]))[2])
+                return weights, Status(self._rule)
+            return weights, judge(inner, weights, self._cap, bool(found[-1]))[2]
 
         return _weigh(gramian, self._rule, self._nonfinite, rule)
 
@@ -92,26 +93,26 @@ class DeviceWeights:
 def uniform(n: int) -> Weights:
     """Plain averaging of n groups, whose Gramian nobody asked for."""
     every = tuple(range(n))
-    return Weights(np.full((n, n), np.nan), np.full(n, 1 / n), "mean", every, (), float("nan"))
+    return Weights(np.full((n, n), np.nan), np.full(n, 1 / n), Status.MEAN, every, (), float("nan"))
 
 
-def _mean(gramian: Array, cap: float | None) -> tuple[Array, str]:
-    return np.full(len(gramian), 1 / len(gramian)), "mean"
+def _mean(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return np.full(len(gramian), 1 / len(gramian)), Status.MEAN
 
 
-def _min_norm(gramian: Array, cap: float | None) -> tuple[Array, str]:
+def _min_norm(gramian: Array, cap: float | None) -> tuple[Array, Status]:
     solution = min_norm(gramian, cap=cap)
-    return np.asarray(solution.weights), str(solution.status)
+    return np.asarray(solution.weights), solution.status
 
 
-def _inverse_norm(gramian: Array, cap: float | None) -> tuple[Array, str]:
+def _inverse_norm(gramian: Array, cap: float | None) -> tuple[Array, Status]:
     # Relative to the smallest, so that no square of a norm, however small, overflows.
     squares = np.diagonal(gramian)
     weights = squares.min() / squares
-    return weights / weights.sum(), "inverse_norm"
+    return weights / weights.sum(), Status.INVERSE_NORM
 
 
-RULES: dict[str, Callable[[Array, float | None], tuple[Array, str]]] = {
+RULES: dict[str, Callable[[Array, float | None], tuple[Array, Status]]] = {
     "min_norm": _min_norm,
     "mean": _mean,
     "inverse_norm": _inverse_norm,
@@ -140,9 +141,9 @@ def weigh(
         ValueError: a callable did not return one finite weight per group.
     """
 
-    def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+    def rule(inner: Array, active: Indices) -> tuple[Array, Status]:
         if callable(weighting):
-            return _call(weighting, inner, seed), "custom"
+            return _call(weighting, inner, seed), Status.CUSTOM
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule)
@@ -191,7 +192,7 @@ def _weigh(
     gramian: Array,
     weighting: Weighting,
     nonfinite: str,
-    rule: Callable[[Array, Indices], tuple[Array, str]],
+    rule: Callable[[Array, Indices], tuple[Array, Status]],
 ) -> Weights:
     """By a rule that sees the Gramian of the groups that count, and which they are."""
     n = len(gramian)
@@ -200,20 +201,14 @@ def _weigh(
     dropped: tuple[int, ...] = ()
     if not finite.all():
         if nonfinite != "drop" or not finite.any():
-            return Weights(
-                gramian,
-                np.full(n, 1 / n),
-                "not finite: a gradient has NaN or inf, which was propagated",
-                tuple(range(n)),
-                (),
-                float("nan"),
-            )
+            every = tuple(range(n))
+            return Weights(gramian, np.full(n, 1 / n), Status.NOT_FINITE, every, (), float("nan"))
         dropped = tuple(np.flatnonzero(~finite).tolist())
     counted = finite if weighting == "mean" else finite & (squares > 0)
     active = np.flatnonzero(counted)
     weights = np.zeros(n)
     if not len(active):
-        return Weights(gramian, weights, "zero: every gradient is zero", (), dropped, 0.0)
+        return Weights(gramian, weights, Status.ABSENT, (), dropped, 0.0)
     inner = gramian if len(active) == n else gramian[np.ix_(active, active)]
     weights[active], status = rule(inner, active)
     products = inner @ weights[active]

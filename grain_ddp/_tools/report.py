@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from grain_ddp._math.record import Array, StepRecord, named
+from grain_ddp._math.status import Status
 from grain_ddp._math.weighting import weigh
 
 # A group stands out if its mean over the run differs from the groups' median by this many robust
@@ -26,8 +27,13 @@ FEWEST = 10
 """With fewer records than this nobody is called an outlier."""
 
 # What a record's status says of the rule that was in charge, if it was not GRAIN.
-_RULES = {"mean": "the mean", "inverse_norm": "inverse_norm", "custom": "a custom weighting"}
-_NO_RULE = ("not finite", "zero:")  # gradients that no rule can do anything about
+_RULES: dict[str, str] = {
+    Status.MEAN: "the mean",
+    Status.INVERSE_NORM: "inverse_norm",
+    Status.CUSTOM: "a custom weighting",
+}
+_NO_RULE = {Status.NOT_FINITE, Status.ABSENT}  # gradients that no rule can do anything about
+_ORDINARY = {*_RULES, Status.OPTIMAL, Status.CAPPED, Status.ROUNDED, Status.NOT_FINITE}
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class Run:
     @cached_property
     def rules(self) -> set[str]:
         """Whose steps were taken, in words."""
-        return {_RULES.get(s, "GRAIN") for s in self.statuses if not s.startswith(_NO_RULE)}
+        return {_RULES.get(s, "GRAIN") for s in self.statuses if s not in _NO_RULE}
 
     @property
     def min_norm(self) -> bool:
@@ -171,8 +177,8 @@ class Run:
 
     def noise_scale(self, part: slice) -> float:
         """`StepRecord.noise_scale` over several steps: a ratio of means, not a mean of ratios."""
-        whole = StepRecord(0, self.gramians[part].mean(0), np.zeros(self.n), 0.0, "", (), ())
-        return whole.noise_scale
+        gramian, zero = self.gramians[part].mean(0), np.zeros(self.n)
+        return StepRecord(0, gramian, zero, 0.0, Status.MEAN, (), ()).noise_scale
 
 
 def standing_out(values: Array) -> dict[int, float]:
@@ -250,7 +256,7 @@ def _broken(run: Run) -> Iterator[str]:
             "It ran out of data, or its loss does not reach the parameters."
         )
     for status, count in run.statuses.items():
-        if not status.startswith((*_RULES, "optimal", "not finite")):
+        if status not in _ORDINARY:
             yield f'In {count} of {total} records the status was "{status}".'
 
 
