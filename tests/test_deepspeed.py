@@ -28,6 +28,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 
 import grain_ddp.deepspeed
+from grain_ddp.deepspeed import seams
 
 # DeepSpeed would compile an operation of its own at the first use, which only inference needs.
 # (By name: as an attribute, deepspeed.comm.torch is PyTorch.)
@@ -755,13 +756,13 @@ def test_two_engines(stage: int) -> None:
 def test_another_deepspeed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
     with pytest.raises(RuntimeError, match=r"0\.19\.1 or newer"):
-        grain_ddp.deepspeed._check_version()
+        seams.check_version()
     monkeypatch.undo()
-    grain_ddp.deepspeed._check_version()
-    optimizer = grain_ddp.deepspeed.DeepSpeedZeroOptimizer
+    seams.check_version()
+    optimizer = seams.DeepSpeedZeroOptimizer
     monkeypatch.setattr(optimizer, "allreduce_bucket", lambda self, tensors: None)
     with pytest.raises(RuntimeError, match="allreduce_bucket"):
-        grain_ddp.deepspeed._check_version()
+        seams.check_version()
 
 
 def test_a_script_that_nobody_edits(tmp_path: Path) -> None:
