@@ -34,7 +34,7 @@ class _Owner(ABC, Generic[A]):
     def __init__(self, engine: Any, state: GrainState, wire: TorchWire) -> None:
         self.engine, self.state, self.wire = engine, state, wire
         self._set_up = {name: getattr(state, name) for name in self.fixed}
-        self._aggregation = self.bind()
+        self._aggregation: A = self.bind()
 
     def __str__(self) -> str:
         return f"the DeepSpeed engine of {type(self.engine.module).__name__}"
