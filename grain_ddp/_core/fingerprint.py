@@ -20,19 +20,19 @@ def describe(function: Any) -> str:
     """
     named = function if hasattr(function, "__qualname__") else type(function)
     digest = hashlib.blake2b(digest_size=6)
-    for piece in _pieces(function, set()):
+    for piece in _pieces(function, {}):
         digest.update(piece.encode() + b"\0")
     return f"{named.__module__}.{named.__qualname__} (checksum {digest.hexdigest()})"
 
 
-def _pieces(value: Any, seen: set[int]) -> Iterator[str]:
+def _pieces(value: Any, seen: dict[int, Any]) -> Iterator[str]:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         yield repr(value)
         return
     yield type(value).__qualname__
     if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value  # kept, so that nothing else gets its number
     for part in _parts(value):
         yield from _pieces(part, seen)
 

@@ -50,7 +50,12 @@ def encode(values: Tensor, message: Tensor) -> None:
 def times_power_(values: Tensor, power: Tensor) -> Tensor:
     """Values times 2 to that power, in place. Exact, but where they leave the range."""
     half = power // 2  # at the ends of the range their dtype does not hold the power itself
-    return values.ldexp_(half).ldexp_(power - half)
+    return values.mul_(_two_to(half)).mul_(_two_to(power - half))
+
+
+def _two_to(power: Tensor) -> Tensor:
+    """2 to that power, float64, made of its bits: exact. (torch.ldexp goes by float32.)"""
+    return ((power.long() + 1023) << 52).view(torch.float64)
 
 
 def exponents(messages: Tensor) -> Tensor:
@@ -60,8 +65,7 @@ def exponents(messages: Tensor) -> Tensor:
 
 def scale(messages: Tensor) -> Tensor:
     """What to multiply the values of messages [..., c + 1] with, float64 [...]."""
-    powers = exponents(messages)
-    return torch.ldexp(torch.ones_like(powers, dtype=torch.float64), powers)
+    return _two_to(exponents(messages))
 
 
 def decode(message: Tensor, out: Tensor) -> None:

@@ -45,8 +45,9 @@ class Weights:
             counted = list(self.active)
             gramian, weights = gramian[np.ix_(counted, counted)], weights[counted]
         with np.errstate(all="ignore"):  # NaN and inf have no order: the weights it is
-            square, largest = weights @ gramian @ weights, np.diagonal(gramian).max(initial=0.0)
-            zero = square <= (4 * eps) ** 2 * largest
+            # Against what is added up: a long gradient of weight 0 is none of it.
+            square, reach = weights @ gramian @ weights, weights @ np.sqrt(np.diagonal(gramian))
+            zero = square <= (4 * eps * reach) ** 2
         return np.zeros_like(self.weights) if zero else self.weights
 
     def factors_for(self, gradient: Tensor) -> Tensor:
