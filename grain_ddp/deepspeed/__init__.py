@@ -6,33 +6,24 @@ Whoever calls `initialize`: the engine then aggregates with GRAIN, and ``engine.
 `GrainState`. Without the section, or with ``"enabled": false``, DeepSpeed is left alone. For a
 script that nobody wants to edit: ``python -m grain_ddp.deepspeed train.py ...``.
 
-DeepSpeed's timeline, and what stands in each place (`seams` knows the names, `stages` what is
-done). A pass is one backward pass, a step as many as `gradient_accumulation_steps`:
+DeepSpeed's timeline of a step of several passes, forward and backward, and what is called there
+instead of its own (the names, and the version that has them, are in `seams`):
 
-===== ====== ========================================= ============================================
-stage scope  DeepSpeed calls                           which is
-===== ====== ========================================= ============================================
-0     any    `_reduce_non_expert_gradients`, at the    `Replicated.reduce`: aggregates all of them
-             end of a step's last pass, with all       in place (with micro-batches as groups, at
-             gradients (also its BF16_Optimizer)       the end of every pass: `after_a_pass`)
-1, 2  bucket `reduce_ready_partitions_...`, for each   DeepSpeed's own: fills a bucket
-             gradient (1: at the end of the last
-             pass; 2: in each pass, when it is there)
-\\           `gradient_reduction_w_predivide` or       `Stage12.reduce`, `reduce_list`: aggregate
-             `allreduce_bucket`, with a full bucket    it now; DeepSpeed takes this rank's part
-\\           `independent_gradient_partition_epilogue` `Sharded.end_of_pass`: DeepSpeed's own, which
-             (1: after the last pass; 2: each)         reduces what is left; ends the step
-3     bucket the same as stage 2, but for the bucket:  `Stage3.scatter`: aggregates it now, returns
-             `__avg_scatter_grads`                     this rank's shards
-1, 2, global `reduce_ready_partitions_...`, for each   nothing: gradients add up in the parameters
-3            gradient, when it is there
-\\           `independent_gradient_partition_epilogue` `Sharded.end_of_pass`: after the last pass,
-                                                       aggregates all that is held, in place; then
-                                                       DeepSpeed's own `reduce_ready_...` for each,
-                                                       and its own epilogue
-\\           the reduction of a full bucket            nothing to aggregate any more: this rank's
-                                                       part is there already
-===== ====== ========================================= ============================================
+stage  scope   when                         DeepSpeed calls         which does
+0      any     last pass ends (a)           _reduce_non_expert_...  aggregate all, in place
+1      bucket  last pass ends: a gradient   reduce_ready_...        its own: fills a bucket
+               a bucket is full             gradient_reduction_...  aggregate it, in place (b)
+               all are in buckets           ..._epilogue            its own, then the step's end
+2, 3   bucket  as 1, but in every pass, when a gradient is there; 3 has its buckets reduced by
+               __avg_scatter_grads, which returns this rank's shards
+1-3    global  a gradient is there          reduce_ready_...        nothing: it adds up in .grad
+               last pass ends               ..._epilogue            aggregate all that is held, in
+                                                                    place; its own reduce_ready_...
+                                                                    for each; its own
+               a bucket is full             as above                nothing: it is aggregated
+
+(a) With micro-batches as groups: every pass. Also DeepSpeed's BF16_Optimizer, which is "stage 1".
+(b) Or allreduce_bucket, without contiguous_gradients. DeepSpeed then takes this rank's part.
 """
 
 from __future__ import annotations
@@ -42,7 +33,7 @@ import inspect
 from typing import Any
 
 from grain_ddp._core.state import GrainState
-from grain_ddp._wire.torch_wire import TorchWire, default_group
+from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.deepspeed.config import (
     DTYPES,
     basic_optimizer,
@@ -51,15 +42,18 @@ from grain_ddp.deepspeed.config import (
     section,
     sink,
 )
+from grain_ddp.deepspeed.replicated import Replicated
 from grain_ddp.deepspeed.seams import (
     DeepSpeedEngine,
     DeepSpeedZeroOptimizer,
     DeepSpeedZeroOptimizer_Stage3,
     check_version,
+    honour_timeout,
     logger,
     print_dist,
+    process_group,
 )
-from grain_ddp.deepspeed.stages import Replicated, Stage3, Stage12
+from grain_ddp.deepspeed.sharded import Stage3, Stage12
 
 
 def install() -> None:
@@ -72,9 +66,12 @@ def install() -> None:
 
     @functools.wraps(original)
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
-        config = signature.bind(self, *args, **kwargs).arguments.get("config_class")
-        if config is not None:
-            section(config._param_dict)  # before DeepSpeed starts on what would be refused
+        given = signature.bind(self, *args, **kwargs).arguments
+        config = given.get("config_class")
+        # Before DeepSpeed starts on what would be refused, and before its first collective.
+        enabled = config is not None and section(config._param_dict) is not None
+        if enabled and given.get("mpu") is None and given.get("mesh_device") is None:
+            honour_timeout()
         original(self, *args, **kwargs)
         attach(self)
 
@@ -99,7 +96,7 @@ def attach(engine: Any) -> None:
     if stage and basic_optimizer(engine) is None:
         return  # for inference
     check_groups(options, stage, engine.gradient_accumulation_steps())
-    wire = TorchWire(engine.seq_data_parallel_group or default_group())
+    wire = TorchWire(process_group(engine))
     options.setdefault("scope", "bucket" if stage >= 2 else "global")
     if options.get("wire_dtype") is None and engine.communication_data_type in DTYPES.values():
         options["wire_dtype"] = engine.communication_data_type

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -52,6 +54,12 @@ def section(config: Mapping[str, Any]) -> dict[str, Any] | None:
         ValueError: a name or a value that is none, or a combination that cannot be honoured, by
             the name of its key.
     """
+    for key in config:
+        if key != "grain" and _resembles(str(key)):
+            raise ValueError(
+                f'grain_ddp: expected "grain" or nothing like it, but the config has {key!r}, '
+                'which nothing reads. Call it "grain", or take it out.'
+            )
     if "grain" not in config:
         return None
     section = config["grain"]
@@ -85,6 +93,13 @@ def section(config: Mapping[str, Any]) -> dict[str, Any] | None:
         raise ValueError(str(error).replace("grain_ddp: ", "grain_ddp: grain.", 1)) from None
     _refuse((key, why) for key, bad, why in _REFUSED if _has(config, key, bad))
     return options
+
+
+def _resembles(key: str) -> bool:
+    """Whether the key looks like "grain" in other letters, with more of a name, or mistyped."""
+    letters = re.sub("[^a-z]", "", key.lower())
+    mistyped = SequenceMatcher(None, letters, "grain").ratio() > 0.8  # a letter too many or too few
+    return letters.startswith("grain") or sorted(letters) == sorted("grain") or mistyped
 
 
 def _has(config: Any, key: str, bad: Callable[[Any], bool]) -> bool:
@@ -124,6 +139,17 @@ def check_engine(engine: Any) -> None:
             refused.append(
                 (f"sparse=True of {name or 'the model'}", "a sparse gradient has no Gramian")
             )
+    for name, p in engine.module.named_parameters():
+        if p.is_complex():
+            refused.append((f"the complex {name}", "DeepSpeed counts the real part of it only"))
+    known = {id(p) for p in engine.module.parameters()}
+    if not engine.zero_optimization_stage() and any(id(p) not in known for p in _trained(engine)):
+        refused.append(
+            (
+                "parameters of the optimizer that are not in the model",
+                "at stage 0 DeepSpeed reduces the gradients of the model only",
+            )
+        )
     expected = _ranks(engine.seq_data_parallel_group)
     for p in engine.module.parameters():
         own = getattr(p, "ds_process_group", None)
@@ -139,6 +165,16 @@ def _ranks(group: Any) -> list[int]:
 def basic_optimizer(engine: Any) -> Any:
     """The optimizer that DeepSpeed wraps, or None if it was given none."""
     return getattr(engine, "basic_optimizer", None)
+
+
+def _trained(engine: Any) -> list[Any]:
+    """What an optimizer of stage 0 steps on, or makes its copies of."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp16_groups"):
+        return [p for group in optimizer.fp16_groups for p in group]
+    if optimizer is basic_optimizer(engine) and optimizer is not None:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    return []
 
 
 def check_groups(options: Mapping[str, Any], stage: int, passes: int) -> None:

@@ -6,12 +6,18 @@ import inspect
 import re
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from grain_ddp._wire.torch_wire import default_group
+
 try:
     import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-    from deepspeed.utils import logger
+    from deepspeed.utils import groups, logger
     from deepspeed.utils.logging import print_dist
 except ImportError as error:
     raise ImportError(
@@ -24,8 +30,10 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
     "check_version",
+    "honour_timeout",
     "logger",
     "print_dist",
+    "process_group",
     "version",
 ]
 
@@ -79,3 +87,26 @@ def _parameters(method: Any) -> tuple[str, ...]:
     if method.__name__ == "wrapped_fn":  # DeepSpeed's instrumentation, which hides the signature
         method = inspect.getclosurevars(method).nonlocals["func"]
     return tuple(inspect.signature(method).parameters)[1:]
+
+
+def honour_timeout() -> None:
+    """Let the ranks of DeepSpeed's world wait for each other as long as those of the real one.
+
+    DeepSpeed makes a clone of the world, and PyTorch gives it a timeout of its own: 30 minutes on
+    a CPU, 10 on GPUs. Collective, the first time.
+    """
+    if not deepspeed.comm.is_initialized():
+        return
+    for device in default_group()._device_types:
+        options = getattr(default_group()._get_backend(device), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        if timeout is not None:  # gloo and NCCL
+            _set_pg_timeout(timeout, groups._clone_world_group())
+
+
+def process_group(engine: Any) -> dist.ProcessGroup:
+    """The ranks that the engine's gradients are aggregated over."""
+    group = engine.seq_data_parallel_group
+    # On gloo, point-to-point messages keep the timeout that their group was made with.
+    clone = group is groups._WORLD_GROUP and torch.device(engine.device).type == "cpu"
+    return default_group() if group is None or clone else group

@@ -1,112 +1,27 @@
-"""What happens to the gradients: stage 0, where every rank keeps all, and stages 1 to 3."""
+"""Stages 1, 2 and 3, where each rank keeps the part of the gradient that it owns."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grain_ddp._core.aggregation import MESSAGE_BYTES, Aggregation
-from grain_ddp._core.packing import flatten, packs
 from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.state import GrainState
 from grain_ddp._wire.torch_wire import TorchWire
+from grain_ddp.deepspeed.owner import Owner
 from grain_ddp.deepspeed.seams import SCATTER, version
 
 Owned = tuple[int, Any, Tensor]
 """A parameter's group, the parameter, and its flat gradient."""
 
 
-A = TypeVar("A", Aggregation, ShardedAggregation)
-
-
-class _Owner(ABC, Generic[A]):
-    """What serves an engine, and its state: in `fixed` options, which DeepSpeed was set up for."""
-
-    gone = False
-    fixed: tuple[str, ...]
-
-    def __init__(self, engine: Any, state: GrainState, wire: TorchWire) -> None:
-        self.engine, self.state, self.wire = engine, state, wire
-        self._set_up = {name: getattr(state, name) for name in self.fixed}
-        self._aggregation: A = self.bind()
-
-    def __str__(self) -> str:
-        return f"the DeepSpeed engine of {type(self.engine.module).__name__}"
-
-    @abstractmethod
-    def bind(self) -> A:
-        """Agree with the other ranks on the state's options."""
-
-    @property
-    def aggregation(self) -> A:
-        if self.state.owner is not self:  # it has loaded other options
-            for name, value in self._set_up.items():
-                if getattr(self.state, name) != value:
-                    raise ValueError(
-                        f"grain_ddp: grain.{name} was {value!r} when the engine was made, and the "
-                        f"state has loaded {getattr(self.state, name)!r}. Make another engine."
-                    )
-            self._aggregation = self.bind()
-        return self._aggregation
-
-
-class Replicated(_Owner[Aggregation]):
-    """Every rank has the whole result: stage 0, and the optimizer of stage 1 that keeps bf16
-    parameters with fp32 gradients."""
-
-    fixed = ("microbatches",)
-
-    def __init__(self, engine: Any, state: GrainState, wire: TorchWire) -> None:
-        super().__init__(engine, state, wire)
-        # DeepSpeed divides the loss by the number of passes, of which each is a group here.
-        self.scale = state.microbatches * (1 if engine.gradient_average else wire.size)
-        engine._reduce_non_expert_gradients = self.reduce
-        if state.microbatches > 1:
-            self.at_the_last = engine.allreduce_gradients
-            engine.allreduce_gradients = self.after_a_pass
-
-    def bind(self) -> Aggregation:
-        return Aggregation(self.state, self.wire, self)
-
-    def reduce(self, grads: Sequence[Tensor], elements_per_buffer: int) -> None:
-        """What DeepSpeed calls at the end of a step's accumulation with all gradients."""
-        if not all(isinstance(g, Tensor) and g.layout == torch.strided for g in grads):
-            raise ValueError(
-                "grain_ddp: expected dense gradients, but some are sparse. Build the embedding "
-                "with sparse=False."
-            )
-        self.state.step = self.engine.global_steps
-        for dtype in dict.fromkeys(g.dtype for g in grads):
-            some = [g for g in grads if g.dtype == dtype]
-            limit = elements_per_buffer * dtype.itemsize
-            if self.state.scope == "global":
-                # The big ones by themselves, where they are: without the copy that a bucket is.
-                limit = MESSAGE_BYTES
-                some.sort(key=lambda g: g.nbytes < limit)
-            for pack in packs(some, limit):
-                flat, copy_back = flatten(pack)
-                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
-        self.aggregation.finish()
-
-    def after_a_pass(self, *arguments: Any, **options: Any) -> None:
-        """What DeepSpeed calls after each backward pass; only after the last it reduces itself."""
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.buffered_allreduce_fallback()
-        self.at_the_last(*arguments, **options)
-
-    def _done(self, flat: Tensor, copy_back: Callable[[], None]) -> None:
-        if self.scale != 1:
-            flat *= self.scale
-        copy_back()
-
-
-class Sharded(_Owner[ShardedAggregation]):
+class Sharded(Owner[ShardedAggregation]):
     """Stages 1, 2 and 3: the owner of a part of the parameters gets that part of the aggregate.
 
     In bucket scope DeepSpeed fills its buckets as always, and `bucket` stands for its reduction.
@@ -122,6 +37,12 @@ class Sharded(_Owner[ShardedAggregation]):
         self.optimizer = engine.optimizer
         super().__init__(engine, state, wire)
         self.names = {id(p): name for name, p in engine.module.named_parameters()}
+        # Since the last end: what autograd made a gradient of, and what came to `bucket`.
+        self.arrived, self.came = set[str](), set[str]()
+        for _, p in self.trained():
+            if p.requires_grad:
+                note = functools.partial(_note, self.arrived, self.names[id(p)])
+                p.register_post_accumulate_grad_hook(note)
         self.into_bucket = self.optimizer.reduce_ready_partitions_and_remove_grads
         self.epilogue = self.optimizer.independent_gradient_partition_epilogue
         self.optimizer.independent_gradient_partition_epilogue = self.end_of_pass
@@ -145,30 +66,51 @@ class Sharded(_Owner[ShardedAggregation]):
 
     def bucket(self, gradients: Sequence[Owned]) -> list[list[Tensor]]:
         """A bucket is full: aggregate, in place, what belongs to each rank, and return that."""
+        names = [self.names[id(p)] for _, p, _ in gradients]
+        self.came.update(names)
+        if not self.holds:
+            self.meet(names)
         owned = self.owned(gradients)
         if not self.holds:
-            self.meet([p for _, p, _ in gradients])
             self.push(owned)
         return owned
 
     def end_of_pass(self) -> None:
         """A backward pass ends (stage 1 in bucket scope: a step's last one)."""
         boundary = self.engine.is_gradient_accumulation_boundary()
-        if not self.holds:
-            self.epilogue()
-            self.meet([])
-            if boundary:
-                self.finish()
-        elif boundary:
-            with torch.no_grad():
+        if self.holds and not boundary:
+            return
+        with torch.no_grad():
+            if self.holds:
                 self.release()
-            self.epilogue()
+            else:
+                self.catch_up()
+        self.epilogue()
+        self.meet([], sorted(self.arrived - self.came))
+        self.arrived.clear()
+        self.came.clear()
+        if boundary and self.aggregation.pending:
+            self.aggregation.finish()
 
     # What is done then.
 
+    def catch_up(self) -> None:
+        """Put into the buckets what DeepSpeed forgets: its hooks miss some gradients.
+
+        At stage 3 it looks after a leaf module when that has run, and a ModuleList never does; at
+        stage 1 with overlap_comm after what the step's last pass reaches, and not the ones before.
+        """
+        for i, p in self.trained() if self.arrived - self.came else ():
+            name = self.names[id(p)]
+            if name in self.arrived - self.came and not self.taken(p):
+                if self.gradient(p) is not None:
+                    self.replay(i, p)
+                else:  # set to None since
+                    self.arrived.discard(name)
+
     def release(self) -> None:
         """Aggregate the gradients that were held back, and hand them to DeepSpeed's buckets."""
-        held = self.held()
+        held = self.trained()
         present = [self.gradient(p) is not None for _, p in held]
         if not self.same(present):
             every = zip(*self.wire.gather_objects(present), strict=True)
@@ -180,8 +122,11 @@ class Sharded(_Owner[ShardedAggregation]):
         for dtype in dict.fromkeys(self.gradient(p).dtype for _, p in held):
             some = [(i, p) for i, p in held if self.gradient(p).dtype == dtype]
             self.push(self.owned([(i, p, _flat(self.gradient(p))) for i, p in some]))
-        self.finish()
+        if self.aggregation.pending:
+            self.aggregation.finish()
+        self.arrived.clear()
         for i, p in held:
+            self.arrived.add(self.names[id(p)])
             self.replay(i, p)
 
     def push(self, owned: list[list[Tensor]]) -> None:
@@ -190,25 +135,29 @@ class Sharded(_Owner[ShardedAggregation]):
         with torch.no_grad():
             self.aggregation.push(owned)
 
-    def finish(self) -> None:
-        if not self.aggregation.pending:
-            raise RuntimeError(
-                f"grain_ddp: DeepSpeed {version()} ended a step and no gradient was "
-                "reduced (some versions do, on a CPU, with zero_optimization.contiguous_gradients "
-                "false). Set it to true, or see whether the loss reaches a parameter."
-            )
-        self.aggregation.finish()
-
-    def meet(self, parameters: Sequence[Any]) -> None:
+    def meet(self, names: list[str], missed: Sequence[str] = ()) -> None:
         """See that every rank has come to a bucket of these parameters, or to the pass's end.
 
-        A rank whose loss does not reach a parameter fills other buckets.
+        A rank whose loss does not reach a parameter fills other buckets. At the end nothing may
+        have `missed` them: DeepSpeed would have averaged it, or left it as it was on each rank.
         """
-        names = [self.names[id(p)] for p in parameters]
-        if self.same(names):
+        every = [(names, missed)]
+        if not self.same(every):
+            every = self.wire.gather_objects(every[0])
+        lost = sorted({name for _, missed in every for name in missed})
+        if lost:
+            raise RuntimeError(
+                "grain_ddp: expected all gradients to come to be aggregated, but DeepSpeed "
+                f"{version()} has gone another way with those of {', '.join(lost[:20])}"
+                f"{f' and {len(lost) - 20} more' if len(lost) > 20 else ''} (this is rank "
+                f"{self.wire.rank}). No parameter has changed in this step. Was a setting of the "
+                "optimizer changed after initialize? (Some versions reduce nothing on a CPU if "
+                "zero_optimization.contiguous_gradients is false: set it to true.)"
+            )
+        if len(every) == 1:
             return
-        every = self.wire.gather_objects(names)
-        first = next(row for row in zip_longest(*every) if len(set(row)) > 1)
+        rows = zip_longest(*(names for names, _ in every))
+        first = next(row for row in rows if len(set(row)) > 1)
         found = ", ".join(f"rank {j}: {name or 'none'}" for j, name in enumerate(first))
         raise ValueError(
             "grain_ddp: expected gradients of the same parameters, in the same order, on every "
@@ -224,8 +173,12 @@ class Sharded(_Owner[ShardedAggregation]):
     # What a stage knows.
 
     @abstractmethod
-    def held(self) -> list[tuple[int, Any]]:
+    def trained(self) -> list[tuple[int, Any]]:
         """All trained parameters, each after the number of its group."""
+
+    @abstractmethod
+    def taken(self, parameter: Any) -> bool:
+        """Whether DeepSpeed has put the parameter's gradient into a bucket since the last end."""
 
     @abstractmethod
     def gradient(self, parameter: Any) -> Any:
@@ -275,9 +228,14 @@ class Stage12(Sharded):
             self.bucket([(i, p, g) for (i, p), g in zip(every, parts, strict=True)])
         return flat
 
-    def held(self) -> list[tuple[int, Any]]:
+    def trained(self) -> list[tuple[int, Any]]:
         groups = enumerate(self.optimizer.bit16_groups)
-        return [(i, p) for i, group in groups for p in group if p.requires_grad and p.numel()]
+        return [(i, p) for i, group in groups for p in group if p.numel()]
+
+    def taken(self, parameter: Any) -> bool:
+        key, buckets = self.optimizer.get_param_id(parameter), self.optimizer.ipg_buckets.values()
+        waits = any(key == entry[-1] for bucket in buckets for entry in bucket.params)
+        return waits or bool(self.optimizer.params_already_reduced[key])
 
     def gradient(self, parameter: Any) -> Any:
         return self.optimizer.get_gradient_for_reduction(parameter)
@@ -321,9 +279,13 @@ class Stage3(Sharded):
         """Aggregate a bucket of parameters: this rank's shard of each one's gradient."""
         return self.bucket([(0, p, _flat(p.grad)) for p in params_to_reduce])[self.wire.rank]
 
-    def held(self) -> list[tuple[int, Any]]:
-        groups = self.optimizer.fp16_groups
-        return [(0, p) for group in groups for p in group if p.requires_grad]
+    def trained(self) -> list[tuple[int, Any]]:
+        return [(0, p) for group in self.optimizer.fp16_groups for p in group]
+
+    def taken(self, parameter: Any) -> bool:
+        buckets = self.optimizer.ipg_buckets.values()
+        waits = any(p is parameter for bucket in buckets for p in bucket.params)
+        return waits or parameter.grad is None
 
     def gradient(self, parameter: Any) -> Any:
         return parameter.grad
@@ -346,6 +308,10 @@ class Stage3(Sharded):
 
     def replay(self, group: int, parameter: Any) -> None:
         self.into_bucket(parameter)
+
+
+def _note(names: set[str], name: str, _: Tensor) -> None:
+    names.add(name)
 
 
 def _flat(gradient: Tensor) -> Tensor:
