@@ -119,7 +119,7 @@ def _steps(first: float, last: float) -> Iterator[str]:
     marks = [t for t in ticks(first, last, False) if t == int(t)] if last > first else [first]
     for tick in marks:
         at = LEFT + across * (tick - first) / max(last - first, 1)
-        if at < WIDTH - 90:
+        if at < WIDTH - 135:  # where the last step is written, on a phone too
             yield _text(at, bottom + 18, _number(tick), "middle")
     yield _text(WIDTH - RIGHT, bottom + 18, f"step {last:.0f}", "end")
 

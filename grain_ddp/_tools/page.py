@@ -114,14 +114,20 @@ def _topics(
         for (name, run), panel in zip(runs.items(), drawn, strict=True):
             mine = [f for f in found[name] if f.topic == topic]
             sides.append(_side(topic, name, run, mine, panel.get(topic), len(runs)))
-        level = _ORDER[rank(topic)] if rank(topic) < len(_ORDER) else None
-        sign = f'<span class="sign {level}">{_SIGNS[level]}</span>' if level else ""
+        sign = _sign([f for fs in found.values() for f in fs if f.topic == topic])
+        sign = sign if len(runs) == 1 else ""  # else each run has its own
         read = f'<p class="muted">{escape(_READ[topic])}</p>' if topic in _READ else ""
         made.append(
             f'<section class="topic"><h2>{sign}{escape(TOPICS[topic])}</h2>{read}'
             f'<div class="columns">{"".join(sides)}</div></section>'
         )
     return "\n".join(made)
+
+
+def _sign(found: list[Finding]) -> str:
+    """Of the worst of them."""
+    level = min((f.level for f in found), key=_ORDER.index, default=None)
+    return f'<span class="sign {level}">{_SIGNS[level]}</span>' if level else ""
 
 
 def _side(
@@ -131,7 +137,7 @@ def _side(
     calm = topic in _CALM and len(run.steps) >= FEWEST and run.n > 1
     if calm and (not found or (topic == "length" and found[0].level is None)):
         words.insert(0, f"<p>{escape(_CALM[topic])}</p>")
-    whose = f'<p class="whose">{escape(name)}</p>' if runs > 1 else ""
+    whose = f'<p class="whose">{_sign(found)}{escape(name)}</p>' if runs > 1 else ""
     return (
         f'<div class="side"><div class="words">{whose}{"".join(words)}</div>'
         f"{figure(panel) if panel else ''}</div>"
@@ -173,11 +179,12 @@ _STYLE = """
 body { margin: 0 auto; padding: 28px 20px 48px; max-width: 1080px; background: var(--bg);
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 p { margin: 0 0 .6em; } h1 { margin: 0 0 .7em; font-size: 1.7rem; overflow-wrap: anywhere; }
-h2 { margin: 0 0 .3em; font-size: 1.15rem; }
+h2 { display: flex; align-items: flex-start; margin: 0 0 .3em; font-size: 1.15rem; }
 .kicker { margin: 0; color: var(--muted); font-size: .85rem; letter-spacing: .04em; }
 .muted { color: var(--muted); font-size: .92rem; }
 .columns { display: grid; gap: 20px; } .two .columns { grid-template-columns: 1fr 1fr; }
 .columns > * { min-width: 0; }
+.two .side { display: flex; flex-direction: column; justify-content: space-between; }
 .verdict { padding: 18px 22px 10px; border-radius: 10px; border-left: 6px solid; }
 .said { display: flex; gap: 12px; align-items: center; font-size: 1.35rem; line-height: 1.3; }
 .two .said { font-size: 1.15rem; }

@@ -36,8 +36,8 @@ def draw(run: Run, path: Path, title: str = "") -> None:
     drawn = panels(run)
     if not drawn:
         raise ValueError("grain_ddp: nothing to draw: every record has a gradient with NaN or inf.")
-    figure = canvas(path, (18, 8.5))
-    axes = iter(figure.subplots(2, 4).flat)
+    figure = canvas(path, (13, 17))
+    axes = iter(figure.subplots(4, 2).flat)
     for panel in drawn.values():
         if isinstance(panel, Lines):
             _lines(next(axes), panel)
