@@ -196,6 +196,7 @@ h2 { display: flex; align-items: flex-start; margin: 0 0 .3em; font-size: 1.15re
 .sign { flex: none; display: inline-flex; align-items: center; justify-content: center;
   width: 1.45em; height: 1.45em; margin-right: .5em; border-radius: 50%; color: var(--card);
   font-size: .85rem; font-weight: 700; } .said .sign { margin: 0; }
+h2 .sign { margin-top: .22rem; }
 .sign.bad { background: var(--bad); } .sign.look { background: var(--look); }
 .sign.fine { background: var(--fine); } .sign.unknown { background: var(--unknown); }
 .topic { margin-top: 20px; padding: 20px 22px; border: 1px solid var(--line); border-radius: 10px;

@@ -124,7 +124,8 @@ def _conflicts(run: Run) -> Lines:
         Series(_name(run), "grain", _of_grain(run, grain, x, 10)),
     ]
     top = max(5.0, *(float(np.nanmax(s.y)) for s in series))
-    return Lines("Groups that the step points against", "%", x, series, low=0.0, high=1.05 * top)
+    title = "Groups that the step points against, in %"
+    return Lines(title, "%", x, series, low=0.0, high=1.05 * top)
 
 
 def _weights(run: Run) -> Heat:
@@ -277,6 +278,6 @@ def ticks(low: float, high: float, log: bool) -> Iterator[float]:
                     yield value
         return
     size = 10.0 ** np.floor(np.log10(max(high - low, 1e-300)))
-    step = next(s * size for s in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (s * size) <= 6)
+    step = next(s * size for s in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (s * size) <= 7)
     first = int(np.ceil(low / step - 1e-9))
     yield from (k * step for k in range(first, int(np.floor(high / step + 1e-9)) + 1))
