@@ -243,6 +243,7 @@ def test_two_logs_are_compared_and_two_runs_told_apart(
         (["reprot"], 2, "invalid choice"),
         (["report"], 2, "LOG"),
         (["report", "no.jsonl"], 1, "no.jsonl: there is no such file"),
+        (["report", "."], 1, "expected a log, but found a folder"),
         (["report", "no.jsonl", "--batch", "0"], 2, "expected a whole number of at least 1"),
         (["doctor", "--timeout", "soon"], 2, "found 'soon'"),
     ],
@@ -257,6 +258,16 @@ def test_errors_are_sentences(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refuses(arguments, status, expected)
+
+
+def test_a_run_of_nothing_finite_has_words_and_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = log_of(tmp_path / "run.jsonl")
+    path.write_text(re.sub(r"\[\[[\d.]+", "[[1e400", path.read_text()))
+    assert main(["report", str(path)]) == 0
+    assert "100 % of the records have NaN or inf" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.html", "run.jsonl"]
 
 
 def test_a_reader_may_leave(tmp_path: Path) -> None:

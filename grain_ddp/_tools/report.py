@@ -73,6 +73,10 @@ def run(options: argparse.Namespace) -> int:
                 f"grain_ddp: {log}: there is no such file. Give the one that "
                 "GrainState(on_step=grain_ddp.sinks.jsonl(...)) writes, on the host of rank 0."
             )
+        if Path(log).is_dir():
+            raise ValueError(
+                f"grain_ddp: {log}: expected a log, but found a folder. Give its file."
+            )
     outputs = [output.check(p, options.force, tuple(options.logs)) for p in _outputs(options)]
     readers = [Reader(log) for log in options.logs]
     if options.follow:
@@ -89,6 +93,8 @@ def run(options: argparse.Namespace) -> int:
         print(
             f"{name}\n" * (len(runs) > 1) + summary(found, options.batch) + "\n" * (len(runs) > 1)
         )
+    if not options.out and not all(len(found.steps) for found in runs.values()):
+        outputs = [path for path in outputs if _kind(path) == "Page"]  # there is nothing to draw
     _write(options, runs, outputs)
     for path in outputs:
         print(f"\n{_kind(path)}: {path}", end="")
