@@ -550,7 +550,7 @@ def test_a_world_of_one_and_the_log(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert lines[0]["weights"] == [1.0]
-    assert set(lines[0]) == set(grain_ddp.StepRecord.__dataclass_fields__)
+    assert set(lines[0]) == {*grain_ddp.StepRecord.__dataclass_fields__, "run"}
 
 
 def said() -> tuple[list[str], list[str]]:

@@ -103,7 +103,7 @@ def test_runs_with_one_file_are_told_apart(tmp_path: Path) -> None:
     for step in (0, 1, 2):  # at the same time
         first(record(step))
         second(dataclasses.replace(record(step), gap=0.5))
-    with pytest.warns(UserWarning, match="2 runs wrote to .*started last.*from 1 to 2"):
+    with pytest.warns(UserWarning, match="2 runs wrote to .*started last.*run=1 to run=2"):
         assert [(r.step, r.gap) for r in read_jsonl(path)] == [(0, 0.5), (1, 0.5), (2, 0.5)]
     assert [(r.step, r.gap) for r in read_jsonl(path, 1)] == [(0, 0.1), (1, 0.1), (2, 0.1)]
     resumed = jsonl(path)

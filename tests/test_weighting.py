@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from grain_ddp._math.rules import krum, normalized_min_norm, upgrad
 from grain_ddp._math.status import Status
 from grain_ddp._math.weighting import weigh
 
@@ -125,3 +126,29 @@ def test_a_callable_draws_alike_and_leaves_the_generator_alone() -> None:
 def test_a_callable_that_returns_something_else(wrong: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="3 finite weights"):
         weigh(np.eye(3), lambda gramian: wrong)
+
+
+def test_one_long_gradient_does_not_make_the_step_zero() -> None:
+    """A threshold against a gradient of weight 0 once did."""
+    rows = np.random.default_rng(0).standard_normal((4, 50))
+    for scale in (1e-30, 5e-7, 2e6, 1e15, 1e30):
+        scaled = rows * np.array([[scale], [1], [1], [1]])
+        found = weigh(scaled @ scaled.T, "min_norm")
+        for dtype in (torch.float32, torch.float64):
+            np.testing.assert_array_equal(found.factors(dtype), found.weights)
+        aggregate = found.weights @ scaled
+        products = scaled @ aggregate / np.linalg.norm(scaled, axis=1) / np.linalg.norm(aggregate)
+        assert products.min() > -1e-12
+
+
+def test_rules_by_name() -> None:
+    rows = np.random.default_rng(1).standard_normal((6, 9)) * np.arange(1, 7)[:, None]
+    gramian = rows @ rows.T
+    np.testing.assert_array_equal(weigh(gramian, "upgrad").weights, upgrad(gramian))
+    np.testing.assert_array_equal(weigh(gramian, "krum").weights, krum(gramian))
+    for cap in (None, 1.5, 3):
+        expected, _ = normalized_min_norm(gramian, cap)
+        found = weigh(gramian, "min_norm", normalize=True, cap=cap).weights
+        np.testing.assert_array_equal(found, expected)
+    with_absent = np.pad(gramian, (0, 1))
+    assert weigh(with_absent, "upgrad").weights[-1] == 0

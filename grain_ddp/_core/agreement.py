@@ -45,7 +45,12 @@ def weights_of(options: Options, step: int, triangle: Tensor, r: int) -> AnyWeig
     """The weights that the options give for the upper triangle of a Gramian [r, r]."""
     gramian = triangle.take(_triangle(r, triangle.device)[1])
     return weigh_tensor(
-        gramian, options.weighting, cap=options.cap, nonfinite=options.nonfinite, seed=step
+        gramian,
+        options.weighting,
+        cap=options.cap,
+        normalize=options.normalize,
+        nonfinite=options.nonfinite,
+        seed=step,
     )
 
 

@@ -54,6 +54,7 @@ class Options:
     microbatches: int = 1
     weighting: Weighting = "min_norm"
     cap: float | None = None
+    normalize: bool = False
     wire_dtype: torch.dtype | None = None
     warmup_steps: int = 0
     nonfinite: str = "propagate"
@@ -72,10 +73,12 @@ class Options:
                 'grain_ddp: microbatches needs groups="rank" (each pass of each rank is a group), '
                 f"but groups is {self.groups!r}."
             )
-        if self.cap is not None and self.weighting != "min_norm":
-            raise ValueError(
-                f'grain_ddp: cap needs weighting="min_norm", but weighting is {self.weighting!r}.'
-            )
+        for name in ("cap", "normalize"):
+            if getattr(self, name) and self.weighting != "min_norm":
+                raise ValueError(
+                    f'grain_ddp: {name} needs weighting="min_norm", but weighting is '
+                    f"{self.weighting!r}."
+                )
 
     def agreed(self) -> dict[str, Any]:
         """What must be equal on every rank, by name: plain values."""
@@ -151,6 +154,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "weighting such as UPGradWeighting(), and not a TorchJD aggregator, which takes gradients)",
     ),
     "cap": (_is_cap, "None or a number of at least 1 (1 is the mean)"),
+    "normalize": (_one_of(True, False), "True or False"),
     "wire_dtype": (
         _one_of(None, torch.bfloat16, torch.float16),
         "None, torch.bfloat16 or torch.float16",

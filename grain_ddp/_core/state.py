@@ -43,9 +43,13 @@ class GrainState:
         microbatches: how many backward passes make one step, each pass of each rank a group of its
             own (n·m groups, rank by rank). Run the passes without ``no_sync``: the first m - 1
             leave ``.grad`` at zero, the last leaves the aggregate.
-        weighting: "min_norm", "mean", "inverse_norm" (wᵢ ∝ 1/‖gᵢ‖²), or a callable from a float64
-            CPU Gramian ``[n, n]`` to weights ``[n]``. See `grain_ddp.weighting.weigh`.
+        weighting: "min_norm", "mean", "inverse_norm" (wᵢ ∝ 1/‖gᵢ‖²), "upgrad" (each gradient
+            projected so that it opposes none, then the mean), "krum" (one gradient, the one nearest
+            to the others: for one broken group), or a callable from a float64 CPU Gramian
+            ``[n, n]`` to weights ``[n]``. See `grain_ddp.weighting.weigh`.
         cap: with "min_norm", no group weighs more than cap/n. None: no bound; 1: the mean.
+        normalize: with "min_norm", the hull of unit gradients: its weights over the norms, scaled
+            to sum to one. A `cap` is then a bound on both sides of 1/n.
         wire_dtype: torch.bfloat16 or torch.float16: what travels, for gradients that are wider.
             None: the gradient's own dtype. Sums are accumulated in fp32 or better.
         warmup_steps: plain averaging for that many first steps.
@@ -78,6 +82,7 @@ class GrainState:
         microbatches: int = 1,
         weighting: Weighting = "min_norm",
         cap: float | None = None,
+        normalize: bool = False,
         wire_dtype: torch.dtype | None = None,
         warmup_steps: int = 0,
         nonfinite: str = "propagate",
@@ -90,6 +95,7 @@ class GrainState:
             microbatches=microbatches,
             weighting=weighting,
             cap=cap,
+            normalize=normalize,
             wire_dtype=wire_dtype,
             warmup_steps=warmup_steps,
             nonfinite=nonfinite,

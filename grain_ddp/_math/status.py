@@ -23,6 +23,8 @@ class Status(str, Enum):
     )
     MEAN = "mean"
     INVERSE_NORM = "inverse_norm"
+    UPGRAD = "upgrad"
+    KRUM = "krum"
     CUSTOM = "custom"
     ABSENT = "zero: every gradient is zero"
     NOT_FINITE = "not finite: a gradient has NaN or inf, which was propagated"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grain_ddp._math.gramian import has_kernels
 from grain_ddp._math.record import Array
+from grain_ddp._math.rules import krum, normalized_min_norm, upgrad
 from grain_ddp._math.solver import judge, min_norm
 from grain_ddp._math.status import Status
 
@@ -113,11 +114,24 @@ def _inverse_norm(gramian: Array, cap: float | None) -> tuple[Array, Status]:
     return weights / weights.sum(), Status.INVERSE_NORM
 
 
+def _upgrad(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return upgrad(gramian), Status.UPGRAD
+
+
+def _krum(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return krum(gramian), Status.KRUM
+
+
 RULES: dict[str, Callable[[Array, float | None], tuple[Array, Status]]] = {
     "min_norm": _min_norm,
     "mean": _mean,
     "inverse_norm": _inverse_norm,
+    "upgrad": _upgrad,
+    "krum": _krum,
 }
+
+ON_DEVICE = ("min_norm", "mean", "inverse_norm")
+"""Rules that the GPU can do by itself."""
 
 
 def weigh(
@@ -125,6 +139,7 @@ def weigh(
     weighting: Weighting,
     *,
     cap: float | None = None,
+    normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
 ) -> Weights:
@@ -145,6 +160,9 @@ def weigh(
     def rule(inner: Array, active: Indices) -> tuple[Array, Status]:
         if callable(weighting):
             return _call(weighting, inner, seed), Status.CUSTOM
+        if normalize:
+            weights, solution = normalized_min_norm(inner, cap)
+            return weights, solution.status
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule)
@@ -155,6 +173,7 @@ def weigh_tensor(
     weighting: Weighting,
     *,
     cap: float | None = None,
+    normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
 ) -> Weights | DeviceWeights:
@@ -163,13 +182,13 @@ def weigh_tensor(
     On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
     wait. Else the Gramian is copied to the CPU, and the host waits for it.
     """
-    if has_kernels(gramian) and not callable(weighting):
+    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize:
         from grain_ddp._math.kernel_solver import LARGEST
 
         if len(gramian) <= LARGEST:
             return DeviceWeights(gramian, weighting, cap, nonfinite)
     host = to_host(gramian).numpy()
-    return weigh(host, weighting, cap=cap, nonfinite=nonfinite, seed=seed)
+    return weigh(host, weighting, cap=cap, normalize=normalize, nonfinite=nonfinite, seed=seed)
 
 
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:

@@ -159,14 +159,14 @@ def read_jsonl(path: str | Path, run: int | None = None) -> list[StepRecord]:
     return runs[chosen(path, len(runs), run)]
 
 
-def chosen(path: str | Path, runs: int, run: int | None) -> int:
+def chosen(path: str | Path, runs: int, run: int | None, how: str = "run=") -> int:
     """The index of the run that is asked for; a warning if the last one is taken of several."""
     if run is not None and not 1 <= run <= runs:
         raise ValueError(f"grain_ddp: {path} has the runs 1 to {runs}, but {run} was asked for.")
     if run is None and runs > 1:
         warnings.warn(
             f"grain_ddp: {runs} runs wrote to {path}. This is the one that started last; ask for "
-            f"another by its number, from 1 to {runs}.",
+            f"another by {how}1 to {how}{runs}.",
             stacklevel=3,
         )
     return (run or runs) - 1
