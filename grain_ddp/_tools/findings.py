@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grain_ddp._math.record import Array
-from grain_ddp._tools.history import FEWEST, SOLVED, Run, parts_of, standing_out
+from grain_ddp._tools.history import FEWEST, ORDINARY, SOLVED, Run, parts_of, standing_out
 
 BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
 """How it is with a run: something is wrong; look at it; nothing stands out; nobody can say."""
