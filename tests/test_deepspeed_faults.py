@@ -23,6 +23,8 @@ import deepspeed
 from deepspeed.runtime import constants
 from engines import MOMENTUM, RATE, STAGES, config, engine_for, min_norm, parameters, train
 
+from grain_ddp._wire.neighbours import SWITCH
+from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.deepspeed.config import _resembles
 from grain_ddp.deepspeed.seams import SCATTER, honour_timeout
 
@@ -253,14 +255,21 @@ def test_passes_that_are_groups_need_a_step_after_each() -> None:
         assert "expected engine.step() after each of 2 backward passes" in str(outcome.error)
 
 
-def stopped(stage: int) -> float:
-    """Seconds until the first rank's error, when the second stops answering."""
+def stopped(stage: int, amid: bool) -> float:
+    """Seconds until the first rank's error, when the second stops between steps or in the exchange.
+
+    Gradients travel by the backend's own messages, as between hosts.
+    """
+    os.environ[SWITCH] = "0"
     settings = config(stage, {}, zero={"stage3_param_persistence_threshold": 0})
     engine = engine_for(settings)
     train(engine, 1)
     other = int(gather(torch.tensor([os.getpid()]))[1])
     if torch.distributed.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        if amid:
+            TorchWire.exchange = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            os.kill(os.getpid(), signal.SIGSTOP)
     start = time.monotonic()
     try:
         train(engine, 1, first=1)
@@ -271,9 +280,13 @@ def stopped(stage: int) -> float:
     raise AssertionError("the second rank's gradient is not missed")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_rank_that_stops_ends_the_others_in_the_worlds_timeout(stage: int) -> None:
-    first, second = launch(2, stopped, stage, timeout=4, deadline=40)
+@pytest.mark.parametrize(
+    ("stage", "amid"), [(0, False), (0, True), (1, False), (2, True), (3, False)]
+)
+def test_a_rank_that_stops_ends_the_others_in_the_worlds_timeout(stage: int, amid: bool) -> None:
+    if stage not in STAGES:
+        pytest.skip("DeepSpeed's stage 3 is sometimes wrong on a CPU")
+    first, second = launch(2, stopped, stage, amid, timeout=4, deadline=40)
     assert second.exitcode == -signal.SIGKILL
     assert first.error is None, first.error
     assert 2 < first.value < 12
