@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ranks import same_everywhere
 from test_aggregation import limited
 from test_sharded import every_cut
 
+import grain_ddp._wire.memory as memory
 import grain_ddp._wire.neighbours as module
 import grain_ddp._wire.torch_wire as wire_module
 from grain_ddp import GrainState
@@ -37,7 +39,7 @@ def allowed() -> bool:
         assert other.stdout is not None
         found, address = torch.zeros(1, dtype=torch.int64), int(other.stdout.readline())
         with contextlib.suppress(OSError):
-            module._copy(other.pid, address, found.data_ptr(), found.nbytes)
+            memory.copy(other.pid, address, found.data_ptr(), found.nbytes)
         other.communicate("\n")
     return found.item() == 7
 
@@ -45,6 +47,12 @@ def allowed() -> bool:
 pytestmark = pytest.mark.skipif(not allowed(), reason="may not read another process's memory")
 
 CPU = torch.device("cpu")
+
+
+def met() -> TorchWire:
+    wire = TorchWire(dist.group.WORLD)
+    wire.meet({})
+    return wire
 
 
 def near(wire: TorchWire) -> list[int]:
@@ -78,35 +86,35 @@ def spoil(what: dict[int, str]) -> None:
             def forbid(*_: Any) -> None:
                 raise PermissionError("Operation not permitted")
 
-            module._copy = forbid
+            memory.copy = forbid
         case "no memory":
 
-            def no_file(_: str) -> int:
+            def no_file(_: str, flags: int = 0) -> int:
                 raise OSError("Function not implemented")
 
             os.memfd_create = no_file  # type: ignore[assignment]
         case "may not read from the last rank":
-            copy = module._copy
+            copy = memory.copy
 
             def forbid_one(process: int, *rest: Any) -> None:
                 if process == pids[-1]:
                     raise PermissionError("Operation not permitted")
                 copy(process, *rest)
 
-            module._copy = forbid_one
+            memory.copy = forbid_one
         case "another process namespace":  # where this number is that of another process
             parent = os.getppid()
             os.getpid = lambda: parent
         case "another host":
             setattr(TorchWire, "host", lambda _: ("another",))  # noqa: B010
         case "another kind of machine":
-            module._FUTEX.clear()
+            memory._FUTEX.clear()
 
 
 def who(what: dict[int, str]) -> tuple[list[int], bool, bool]:
     """Whom this rank reads from."""
     spoil(what)
-    wire = TorchWire(dist.group.WORLD)
+    wire = met()
     return near(wire), wire.shares_memory(CPU), step(wire)
 
 
@@ -186,7 +194,7 @@ def test_shards_by_another_way(elsewhere: set[int]) -> None:
 def laps() -> None:
     """More exchanges than the ring has slots, out of order; then too many at once."""
     module.SLOTS = 4
-    wire = TorchWire(dist.group.WORLD)
+    wire = met()
     me, other = wire.rank, 1 - wire.rank
     for k in range(10):
         pending = []
@@ -214,21 +222,25 @@ def test_laps_of_exchanges() -> None:
     run(2, laps)
 
 
-def out_of_step() -> None:
-    wire = TorchWire(dist.group.WORLD)
+def out_of_step() -> str:
+    wire = met()
     length = 3 + wire.rank
-    with pytest.raises(RuntimeError, match=r"expected 1[26] bytes from rank [01], but found 1[26]"):
-        wire.exchange([torch.zeros(length)] * 2, [torch.zeros(length)] * 2).wait()
-    dist.barrier()
+    with pytest.raises(RuntimeError) as found:
+        wire.exchange([torch.zeros(length)] * 2, [torch.zeros(length)] * 2, "the test").wait()
+    return str(found.value)
 
 
 def test_ranks_out_of_step() -> None:
-    run(2, out_of_step)
+    """The rank that sees it first says what it is, and the other one that that one has given up."""
+    found = " ".join(run(2, out_of_step))
+    assert re.search(r"expected 1[26] bytes from rank [01], but found 1[26], in the test", found)
+    found = found.replace("an error broke off its step", "not at the same place in the program")
+    assert found.count("not at the same place in the program") == 2
 
 
 def losing(how: str) -> float:
     """Seconds until this rank knows that rank 1 is lost."""
-    wire = TorchWire(dist.group.WORLD)
+    wire = met()
     assert wire.shares_memory(CPU)
     dist.barrier()
     tensors = [torch.zeros(9)] * 3, [torch.zeros(9)] * 3
@@ -239,7 +251,8 @@ def losing(how: str) -> float:
             wire.exchange(*tensors)
         os._exit(3)
     begin = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"lost the connection to rank 1: it has died or hangs"):
+    words = "it hangs, or is elsewhere" if how == "is stopped" else "it has died"
+    with pytest.raises(RuntimeError, match=f"lost the connection to rank 1: {words}"):
         wire.exchange(*tensors).wait()
     return time.monotonic() - begin
 
@@ -262,7 +275,7 @@ def test_a_rank_that_hangs_is_missed_after_the_timeout() -> None:
 
 def patience() -> None:
     """The timeout that counts is the process group's, also when it is changed later."""
-    wire = TorchWire(dist.group.WORLD)
+    wire = met()
     found = wire._near()
     assert found is not None
     assert found.timeout() == 20
@@ -276,7 +289,7 @@ def test_the_process_groups_timeout() -> None:
 
 def in_parts() -> bool:
     """As the kernel does from 2 GiB on: a call copies only a part."""
-    libc = module._libc()
+    libc = memory._libc()
 
     class Partial:
         def process_vm_readv(self, process: int, here: Any, _: int, there: Any, *rest: int) -> int:
@@ -286,8 +299,8 @@ def in_parts() -> bool:
         def __getattr__(self, name: str) -> Any:
             return getattr(libc, name)
 
-    module._libc = Partial  # type: ignore[assignment]
-    wire = TorchWire(dist.group.WORLD)
+    memory._libc = Partial  # type: ignore[assignment]
+    wire = met()
     return wire.shares_memory(CPU) and step(wire)
 
 

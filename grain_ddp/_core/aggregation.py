@@ -156,7 +156,7 @@ class Aggregation:
     """
 
     def __init__(self, state: GrainState, wire: Wire) -> None:
-        wire.agree(state.agreed())
+        wire.meet(state.agreed())
         groups = partition(state.groups, wire)
         mine = next(group for group in groups if wire.rank in group)
         position = mine.index(wire.rank)

@@ -137,7 +137,7 @@ class ShardedAggregation:
                     f"{getattr(state, name)!r} (this is rank {wire.rank}). DDP and "
                     "reduce_gradients have groups of other sizes."
                 )
-        wire.agree(state.agreed())
+        wire.meet(state.agreed())
         self.state, self.wire, self.scale = state, wire, scale
         self._scratch = int(min(scratch, SCRATCH_BYTES))
         self.drop()
