@@ -111,6 +111,9 @@ class ThreadWire(Wire):
     ) -> Transfer:
         if self.checking:
             self._check("exchange", send, receive, what)
+        return self._start(send, receive, what)
+
+    def _start(self, send: Sequence[Tensor], receive: Sequence[Tensor], what: object) -> Transfer:
         self._count += 1
         me, stage, label = self.ranks[self.rank], self._stage, (self.space, self._count)
         receiving, sending = list[Message](), list[Message]()
@@ -139,9 +142,12 @@ class ThreadWire(Wire):
 
     def all_reduce(self, values: Tensor, what: object = "a sum") -> Transfer:
         whole = self.whole
+        assert isinstance(whole, ThreadWire)
+        if whole.checking:
+            whole._check("sum", [values] * whole.size, [values] * whole.size, what)
         rows = values.new_empty(whole.size, len(values))
         rows[whole.rank] = values
-        gathered = whole.exchange([values.clone()] * whole.size, list(rows), what)
+        gathered = whole._start([values.clone()] * whole.size, list(rows), what)
 
         def add() -> None:
             gathered.wait()
