@@ -382,9 +382,9 @@ def counted() -> Iterator[list[int]]:
     sent: list[int] = []
     original = TorchWire.exchange
 
-    def exchange(self: TorchWire, send: Any, receive: Any) -> Any:
+    def exchange(self: TorchWire, send: Any, receive: Any, *what: Any) -> Any:
         sent.append(sum(t.nbytes for j, t in enumerate(send) if j != self.rank))
-        return original(self, send, receive)
+        return original(self, send, receive, *what)
 
     TorchWire.exchange = exchange  # type: ignore[method-assign]
     yield sent

@@ -43,12 +43,12 @@ def counting(per_host: int) -> list[int]:
     found = [0, 0]
     exchange = TorchWire.exchange
 
-    def counted(self: TorchWire, send: Any, receive: Any) -> Any:
+    def counted(self: TorchWire, send: Any, receive: Any, *what: Any) -> Any:
         for j, tensor in enumerate(send):
             if j != self.rank:
                 found[0] += tensor.nbytes
                 found[1] += tensor.nbytes * (j // per_host != self.rank // per_host)
-        return exchange(self, send, receive)
+        return exchange(self, send, receive, *what)
 
     TorchWire.exchange = counted  # type: ignore[method-assign]
     return found

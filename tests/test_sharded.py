@@ -42,10 +42,10 @@ def aggregate(
     sent = 0
     exchange = wire.exchange
 
-    def counting(send: Any, receive: Any) -> Any:
+    def counting(send: Any, receive: Any, *what: Any) -> Any:
         nonlocal sent
         sent += sum(t.nbytes for j, t in enumerate(send) if j != wire.rank)
-        return exchange(send, receive)
+        return exchange(send, receive, *what)
 
     wire.exchange = counting  # type: ignore[method-assign]
     state = GrainState(**options)

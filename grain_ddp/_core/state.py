@@ -160,7 +160,7 @@ class GrainState:
                 f"grain_ddp: this GrainState serves {held}, and cannot serve {owner} too. Make a "
                 "GrainState for each model."
             )
-        wire.agree(
+        wire.meet(
             {"the owner of the state": str(owner), **self.options.agreed(), "step": self.step}
         )
         vars(self)["_owner"] = owner

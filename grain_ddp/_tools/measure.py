@@ -47,8 +47,10 @@ def measure_cluster(device: torch.device) -> Cluster:
         every = [dist.new_group(team) for team in teams]  # all ranks make all groups
         mine = next(g for g, team in zip(every, teams, strict=True) if ranks in team)
         share = 1 if name == "near" else size  # of one link between hosts
-        links[name] = _exchange_link(TorchWire(mine), device, share)
-        links[f"{name}_reduce"] = _reduce_link(TorchWire(mine), device, share)
+        wire = TorchWire(mine)
+        wire.meet({})
+        links[name] = _exchange_link(wire, device, share)
+        links[f"{name}_reduce"] = _reduce_link(wire, device, share)
     gpu = device.type == "cuda"
     rows, columns = dist.get_world_size(), (1 << (26 if gpu else 21))
     matrix = torch.randn(rows, columns // rows, device=device)
