@@ -12,7 +12,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.solver import Solution, Status, min_norm
+from grain_ddp._math.solver import Solution, min_norm
+from grain_ddp._math.status import Status
 from grain_ddp.ddp import grain_hook
 from grain_ddp.loop import reduce_gradients
 

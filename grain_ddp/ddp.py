@@ -5,6 +5,7 @@
 import contextlib
 import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:
         TypeError: the hook was registered without a `GrainState`, or called by something that is
             not DDP's reducer (`torch.compile` with ``optimize_ddp="python_reducer"``).
         ValueError: a sparse gradient, ranks whose options differ, groups that do not fit the ranks,
-            or one state for two models.
+            one state for two models, or a way of DDP to leave parameters out of the hook.
     """
     if not isinstance(state, GrainState):
         raise TypeError(
@@ -50,13 +51,10 @@ def grain_hook(state: GrainState, bucket: GradBucket) -> Future[Tensor]:
             f"{bucket.index()} on rank {dist.get_rank()} is {buffer.layout}. "
             "Build the embedding with sparse=False."
         )
-    if state._runtime is None:
-        state._runtime = _Runtime(state)
-    if not isinstance(state._runtime, _Runtime):
-        raise ValueError(
-            "grain_ddp: this GrainState is already used by reduce_gradients. Make one per model."
-        )
-    return state._runtime.add(bucket)
+    hook = state.owner
+    if not isinstance(hook, _Hook) or hook.gone:
+        hook = _Hook(state)
+    return hook.add(bucket)
 
 
 def attach(module: nn.Module, state: GrainState) -> bool:
@@ -92,50 +90,118 @@ def attach(module: nn.Module, state: GrainState) -> bool:
     return False
 
 
-class _Runtime:
-    """What the hook keeps between the buckets of one backward pass."""
+class _Hook:
+    """What the hook keeps of its model, and between the buckets of one backward pass.
+
+    DDP's own ``is_last`` does not always tell when a pass is complete. In the first pass of a
+    static graph all buckets have the number 0, and DDP waits for them before the pass ends: there
+    it is when every parameter has come. Where DDP skips unused buckets it is when the pass ends.
+    """
 
     def __init__(self, state: GrainState) -> None:
         models = _models(state)
         if len(models) > 1:
             raise ValueError(
-                f"grain_ddp: this GrainState is registered with {len(models)} models. "
-                "Make one per model: its buckets are counted step by step."
+                f"grain_ddp: this GrainState is registered with {len(models)} models, "
+                f"{' and '.join(map(_name, models))}. Make one per model: its buckets are counted "
+                "step by step."
             )
+        self._model = weakref.ref(models[0]) if models else None
+        self._called = _name(models[0]) if models else "a DDP model"
         group = _process_group(state.process_group, models)
         # With this option unused buckets, the last one too, do not reach the hook.
-        self.skips = any(getattr(m, "skip_all_reduce_unused_params", False) for m in models)
-        if state.microbatches > 1 and (self.skips or any(m.find_unused_parameters for m in models)):
+        self._skips = any(getattr(m, "skip_all_reduce_unused_params", False) for m in models)
+        self._trained = _trained(models[0]) if models else 0  # parameters in all buckets
+        self._ids: set[int] = set()  # of the model's parameters
+        self._seen: set[int] = set()  # those of this pass
+        self._check(state, models)
+        self.aggregation = Aggregation(state, TorchWire(group), self)
+
+    def __str__(self) -> str:
+        return self._called
+
+    @property
+    def gone(self) -> bool:
+        return self._model is not None and self._model() is None
+
+    def _check(self, state: GrainState, models: list[DistributedDataParallel]) -> None:
+        """ValueError for ways of DDP that go past a hook."""
+        if state.microbatches > 1 and (
+            self._skips or any(m.find_unused_parameters for m in models)
+        ):
             raise ValueError(
                 "grain_ddp: microbatches needs every parameter in every pass, but "
                 "find_unused_parameters or skip_all_reduce_unused_params is set: DDP would leave "
                 "out what the last pass does not use. Set it to False, or microbatches to 1."
             )
-        self.latest = -1
-        self.aggregation = Aggregation(state, TorchWire(group))
+        if any(getattr(m, "_delay_all_reduce_params", ()) for m in models):
+            raise ValueError(
+                "grain_ddp: DistributedDataParallel(delay_all_reduce_named_params=...) averages "
+                "those parameters past every hook. Leave the argument out."
+            )
 
     def add(self, bucket: GradBucket) -> Future[Tensor]:
-        aggregation, index, buffer = self.aggregation, bucket.index(), bucket.buffer()
-        if aggregation.pending and index <= self.latest:
+        aggregation, buffer = self.aggregation, bucket.buffer().detach()
+        parameters = bucket.parameters()
+        found = set(map(id, parameters))
+        if aggregation.pending and not self._seen.isdisjoint(found):
             aggregation.abandon()  # the last backward pass was broken off by an exception
-        first, self.latest = not aggregation.pending, index
+        first = not aggregation.pending
+        self._seen = found if first else self._seen | found
+        if first:
+            self._check_model(parameters)
         future: Future[Tensor] = Future()
         if buffer.device.type != "cpu":
             future = Future(devices=[buffer.device])
         parts = None
-        if self.aggregation.state.microbatches > 1:  # DDP forms other buckets after a first pass
-            parts = [(id(p), p.numel()) for p in bucket.parameters()]
+        if aggregation.options.microbatches > 1:  # DDP forms other buckets after a first pass
+            parts = [(id(p), p.numel()) for p in parameters]
         aggregation.push(buffer, lambda: future.set_result(buffer), parts)
-        if bucket.is_last():
+        if bucket.is_last() or (bucket.index() == 0 and len(self._seen) == self._trained):
             aggregation.finish()
-        elif first and self.skips:
+        elif first and self._skips:
             with contextlib.suppress(RuntimeError):  # not in a backward pass: `Join`
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         return future
 
+    def _check_model(self, parameters: list[Tensor]) -> None:
+        """ValueError if these are another model's, which has got the same state meanwhile."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return
+        if not getattr(model, "_divide_by_initial_world_size", True) and (
+            self.aggregation.options.kind(self.aggregation.state.step).averages
+        ):
+            raise ValueError(
+                "grain_ddp: join(divide_by_initial_world_size=False) divides by the ranks that are "
+                "still there, which a hook is not told. Leave it at True, or take another "
+                'weighting than "mean", which gives absent ranks no weight.'
+            )
+        if id(parameters[0]) in self._ids:
+            return
+        others = [other for other in _models(self.aggregation.state) if other is not model]
+        if others:
+            raise ValueError(
+                f"grain_ddp: this GrainState serves {self}, and cannot serve {_name(others[0])} "
+                "too. Make a GrainState for each model: its buckets are counted step by step."
+            )
+        self._ids = set(map(id, model.module.parameters()))
+
     def _finish(self) -> None:
         if self.aggregation.pending:
             self.aggregation.finish()
+
+
+def _name(model: DistributedDataParallel) -> str:
+    count = sum(p.numel() for p in model.module.parameters())
+    return f"the DDP model {type(model.module).__name__} of {count:,} parameters"
+
+
+def _trained(model: DistributedDataParallel) -> int:
+    """How many parameters DDP reduces. (Its reducer, which knows, is locked while it calls.)"""
+    ignored = model.parameters_to_ignore
+    named = model.module.named_parameters()
+    return sum(p.requires_grad and name not in ignored for name, p in named)
 
 
 def _models(state: GrainState) -> list[DistributedDataParallel]:

@@ -61,8 +61,10 @@ def apply(model: nn.Module, state: GrainState) -> None:
         )
     if not isinstance(state, GrainState):
         raise TypeError(f"grain_ddp: expected a GrainState, but found {type(state).__name__}.")
-    if state._runtime is not None:
-        raise ValueError("grain_ddp: this GrainState is already in use. Make one per model.")
+    if state.owner is not None:
+        raise ValueError(
+            f"grain_ddp: this GrainState serves {state.owner}. Make a GrainState for each model."
+        )
     units = _units(model)
     internals = list(dict.fromkeys(unit._get_fsdp_state() for unit in units))
     if any(_COMPLETED in vars(one) for one in internals):
@@ -125,11 +127,15 @@ class _ReduceScatter:
         _check_options(self.state)
         wire = TorchWire(self.shards)
         if self.replicas is not None:  # first, and of all shards, so that every rank raises
-            every = wire.gather_objects(self.state.agreed())
+            every = wire.gather_objects(self.state.options.agreed())
             names = {f"{name} (of each shard)": [v[name] for v in every] for name in every[0]}
             TorchWire(self.replicas).agree(names)
-        self.aggregation = ShardedAggregation(self.state, wire)
-        self.state._runtime = self
+        self.aggregation = ShardedAggregation(self.state, wire, self)
+
+    gone = False
+
+    def __str__(self) -> str:
+        return f"the FSDP2 model {type(self.model).__name__}"
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -149,12 +155,12 @@ class _ReduceScatter:
         """
         if not self.started:
             self._start()
-        if self.state._runtime is None:
+        if self.state.owner is None:
             self.prepare()  # its options were loaded from a checkpoint
-        elif self.state._runtime is not self:
+        elif self.state.owner is not self:
             raise ValueError(
-                "grain_ddp: the GrainState of this FSDP model was given to another model "
-                "meanwhile. Make one per model."
+                f"grain_ddp: the GrainState of {self} was given to {self.state.owner} meanwhile. "
+                "Make a GrainState for each model."
             )
         wire = self.aggregation.wire
         wire.group = group  # of the same ranks; FSDP may have made another for this purpose

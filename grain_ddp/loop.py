@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -37,25 +38,71 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
             gradient on any rank, or the state serves a DDP model.
         RuntimeError: torch.distributed is not initialised.
     """
-    if state._runtime is None:
-        group = state.process_group
-        if group is None and not (state.microbatches > 1 and _alone()):
-            group = default_group()
-        state._runtime = Aggregation(state, TorchWire(group))
-    aggregation = state._runtime
-    if not isinstance(aggregation, Aggregation):
-        raise ValueError("grain_ddp: this GrainState serves a DDP model. Make one per model.")
     trained = [p for p in parameters if p.requires_grad]
+    loop = state.owner
+    if loop is None or loop.gone:
+        loop = _Loop(state, trained)
+    elif not isinstance(loop, _Loop) or not loop.knows(trained):
+        raise ValueError(
+            f"grain_ddp: this GrainState serves {loop}{getattr(loop, 'sizes', '')}, and cannot "
+            f"serve reduce_gradients{_sizes(trained)} too. Make a GrainState for each model."
+        )
+    aggregation = loop.aggregation
     with torch.no_grad():
-        _fill_missing(trained, aggregation.wire)
-        gradients = [p.grad for p in trained if p.grad is not None]
-        if not gradients:
+        _fill_missing(trained, aggregation.wire, state.step)
+        named = {id(p): _real(p) for p in trained if p.grad is not None}
+        if not named:
             raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
-        names = {id(p.grad): id(p) for p in trained}
-        for pack in packs(gradients, BUCKET_BYTES):
+        names = {id(gradient): name for name, gradient in named.items()}
+        for pack in packs(named.values(), BUCKET_BYTES):
             parts = [(names[id(gradient)], gradient.numel()) for gradient in pack]
             aggregation.push(*flatten(pack), parts)
         return aggregation.finish()
+
+
+class _Loop:
+    """What `reduce_gradients` keeps of its model from step to step."""
+
+    def __init__(self, state: GrainState, trained: list[Tensor]) -> None:
+        group = state.process_group
+        if group is None and not (state.microbatches > 1 and _alone()):
+            group = default_group()
+        self._group = group
+        self._known = WeakValueDictionary({id(p): p for p in trained})
+        self.sizes = _sizes(trained)
+        self.aggregation = Aggregation(state, TorchWire(group), self)
+
+    def __str__(self) -> str:
+        return "reduce_gradients"
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process group was destroyed, or all of its parameters."""
+        if self._group is not None and self._group not in dist.distributed_c10d._world.pg_map:
+            return True
+        return self.sizes != _sizes([]) and not self._known
+
+    def knows(self, trained: list[Tensor]) -> bool:
+        """Whether these belong to its model: some of them, where others were frozen or added."""
+        if trained and not any(id(p) in self._known for p in trained):
+            return not self._known
+        self._known.update({id(p): p for p in trained})
+        return True
+
+
+def _sizes(trained: list[Tensor]) -> str:
+    return f" of {len(trained)} parameters, {sum(p.numel() for p in trained):,} elements"
+
+
+def _real(parameter: Tensor) -> Tensor:
+    """The gradient; a complex one as pairs of real numbers, whose products are Re aᴴb."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if not gradient.is_complex():
+        return gradient
+    if gradient.is_conj():
+        parameter.grad = gradient = gradient.resolve_conj()
+    return torch.view_as_real(gradient)
 
 
 def _alone() -> bool:
@@ -63,7 +110,7 @@ def _alone() -> bool:
     return not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
-def _fill_missing(trained: list[Tensor], wire: Wire) -> None:
+def _fill_missing(trained: list[Tensor], wire: Wire, step: int) -> None:
     """Give zeros to what has a gradient on some rank only; see that the ranks fit together."""
     layout = [(tuple(p.shape), str(p.dtype if p.grad is None else p.grad.dtype)) for p in trained]
     layouts = [None if p.grad is None else p.grad.layout for p in trained]
@@ -71,9 +118,10 @@ def _fill_missing(trained: list[Tensor], wire: Wire) -> None:
     sparse = [j for j, found in enumerate(layouts) if found not in (None, torch.strided)]
     # Seldom does anything differ: one number tells.
     device = trained[0].device if trained else torch.device("cpu")
-    if wire.same(repr((layout, present, sparse)), device):
+    if wire.same(repr((step, layout, present, sparse)), device):
         every = present
     else:
+        wire.agree({"the number of the step": step})
         wire.agree({f"parameter {j} (shape and dtype)": one for j, one in enumerate(layout)})
         every = [any(ranks) for ranks in zip(*wire.gather_objects(present), strict=True)]
         sparse = sorted({j for ranks in wire.gather_objects(sparse) for j in ranks})

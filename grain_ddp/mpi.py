@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +12,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
-from grain_ddp._wire.wire import Transfer, Wire, extremes_of
 
 try:
     from mpi4py import MPI
+
+    from grain_ddp._wire.mpi_wire import MpiWire
 except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but no MPI library
     raise ImportError(
         'grain_ddp.mpi needs mpi4py and an MPI library: pip install "grain-ddp[mpi]", and MPICH or '
@@ -32,7 +31,6 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, b
 DTYPES = ("float16", "float32", "float64")
 
 _CONNECT = 5.0  # seconds for a first connection between two hosts
-_HALF = MPI.BYTE.Create_contiguous(2).Commit()  # fp16, which not every MPI knows
 
 
 def reduce_gradient(
@@ -63,8 +61,8 @@ def reduce_gradient(
     state = default if state is None else state
     arrays, use = _kind(array), _use(state, wire)
     # Seldom is anything wrong: two numbers tell.
-    if not wire.same(repr((arrays, use))):
-        wire.agree({"array": arrays, "state": use})
+    if not wire.same(repr((arrays, use)), what="the comparison of arrays"):
+        wire.agree({"array": arrays, "state": use}, "the comparison of arrays, one by one")
     if not arrays.startswith(DTYPES) or "," in arrays:
         raise ValueError(
             f"grain_ddp: expected a contiguous and writeable array of {', '.join(DTYPES)} with at "
@@ -73,9 +71,10 @@ def reduce_gradient(
         )
     if use not in ("new", "in use"):
         raise ValueError(f"grain_ddp: this GrainState {use} (seen on rank {wire.rank}).")
-    if state._runtime is None:
-        state._runtime = Aggregation(state, wire)
-    aggregation: Aggregation = state._runtime
+    owner = state.owner
+    if owner is None:
+        owner = _Owner(state, wire)
+    aggregation: Aggregation = owner.aggregation
     with torch.no_grad():
         aggregation.push(torch.from_numpy(array.reshape(-1)))
         return aggregation.finish()
@@ -107,73 +106,23 @@ def _use(state: GrainState, wire: MpiWire) -> str:
     """In words: whether the state can be used for this communicator."""
     if state.process_group is not None:
         return "has a process_group, and MPI has a communicator: leave process_group at None"
-    if state._runtime is None:
+    if state.owner is None:
         return "new"
-    if isinstance(state._runtime, Aggregation) and state._runtime.wire.whole is wire:
+    if isinstance(state.owner, _Owner) and state.owner.aggregation.wire.whole is wire:
         return "in use"
-    return "serves another communicator or model: make one for each"
+    return f"serves another communicator or model ({state.owner}): make one for each"
 
 
-class _Messages(Transfer):
-    def __init__(self, requests: list[MPI.Request], tensors: Sequence[Tensor]) -> None:
-        super().__init__(tensors=tensors)
-        self._requests = requests
+class _Owner:
+    """What `reduce_gradient` keeps from step to step."""
 
-    def arrive(self) -> None:
-        MPI.Request.Waitall(self._requests)
-        self._requests = []
+    gone = False
 
+    def __init__(self, state: GrainState, wire: MpiWire) -> None:
+        self.aggregation = Aggregation(state, wire, self)
 
-class MpiWire(Wire):
-    """The ranks of an MPI communicator, which must have no other traffic. CPU tensors only."""
-
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        super().__init__(comm.rank, comm.size)
-        self.comm = comm
-
-    def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
-        # Pairs of messages: the collectives also move this rank's own part. Between two ranks they
-        # arrive in the order in which they were sent, so they need no tags.
-        peers = [(self.rank + k) % self.size for k in range(1, self.size)]
-        requests = [
-            self.comm.Irecv(_bytes(receive[j]), self.ranks[j])
-            for j in reversed(peers)
-            if receive[j].numel()
-        ]
-        requests += [
-            self.comm.Isend(_bytes(send[j]), self.ranks[j]) for j in peers if send[j].numel()
-        ]
-        return _Messages(requests, [*send, *receive])
-
-    def all_reduce(self, values: Tensor) -> Transfer:
-        array = values.numpy()
-        if values.dtype == torch.float16:
-            self.comm.Allreduce(MPI.IN_PLACE, [array, array.size, _HALF], _add_halves)
-        else:
-            self.comm.Allreduce(MPI.IN_PLACE, array)
-        return Transfer()
-
-    def same(self, value: str, device: torch.device = torch.device("cpu")) -> bool:  # noqa: B008
-        extremes = np.array(extremes_of(value))
-        self.comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
-        return bool(extremes.sum() == 0)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        every: list[Any] = self.comm.allgather(value)
-        return every
-
-
-def _bytes(values: Tensor) -> NDArray[np.uint8]:
-    array: NDArray[np.uint8] = values.view(torch.uint8).numpy()
-    return array
-
-
-def _sum_of_halves(a: Any, b: Any, _: MPI.Datatype) -> None:
-    total = np.frombuffer(b, np.float16)
-    np.add(np.frombuffer(a, np.float16), total, out=total)
-
-
-_add_halves = MPI.Op.Create(_sum_of_halves, commute=True)
+    def __str__(self) -> str:
+        return "reduce_gradient"
 
 
 @dataclass

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from grain_ddp._core import aggregation
-from grain_ddp._core.aggregation import narrow_dtype, record_of, weights_of
+from grain_ddp._core.agreement import record_of, weights_of
+from grain_ddp._core.narrow import decode, encoded
+from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.gramian import gramian, weighted_sum
 from grain_ddp._math.record import StepRecord
@@ -25,35 +27,48 @@ def simulate(
     where its rows lie in memory. `groups`, `microbatches`, `warmup_steps` and `record_every` are
     not looked at. Advances the state.
     """
-    n = len(gradients)
+    n, options, single = len(gradients), state.options, state.options.scope == "global"
     rows, columns = torch.triu_indices(n, n)
     buckets = list(zip(*gradients, strict=True))
-    # What travels, and which part of it each rank receives.
-    sent = [[g.to(narrow_dtype(state, g) or g.dtype) for g in bucket] for bucket in buckets]
+    # Which part of a bucket each rank receives, and what arrives there.
     parts = [cut(len(b[0]), n, -(-aggregation.MESSAGE_BYTES // b[0].itemsize)) for b in buckets]
-
-    shares = torch.zeros(len(buckets), n, n, n, dtype=torch.float64)  # [bucket, rank, n, n]
-    for share, bucket, pieces in zip(shares, sent, parts, strict=True):
-        for slots in pieces:
-            for rank, slot in enumerate(slots):
-                share[rank] += gramian(torch.stack([g[slot] for g in bucket]))
-    if state.scope == "global":
-        shares = shares.sum(0, keepdim=True)
-    totals = shares.sum(1)[:, rows, columns]
-    weights = [weights_of(state, total, n) for total in totals] * (
-        len(buckets) if state.scope == "global" else 1
-    )
+    arrived = [
+        [
+            [_travel(torch.stack([g[slot] for g in b]), options) for slot in slots]
+            for slots in pieces
+        ]
+        for b, pieces in zip(buckets, parts, strict=True)
+    ]
+    summed = torch.zeros(len(buckets), n, n, n, dtype=torch.float64)  # [bucket, rank, n, n]
+    for by_rank, received in zip(summed, arrived, strict=True):
+        for matrices in received:
+            for rank, matrix in enumerate(matrices):
+                by_rank[rank] += gramian(matrix)
+    if single:
+        summed = summed.sum(0, keepdim=True)
+    totals = summed.sum(1)[:, rows, columns]
+    weights = [weights_of(options, state.step, total, n) for total in totals]
+    weights *= len(buckets) if single else 1
 
     results = []
-    for found, originals, sources, pieces in zip(weights, buckets, sent, parts, strict=True):
-        result = torch.empty_like(sources[0])
-        factors = found.factors_for(originals[0])
-        for slots in pieces:
-            for slot in slots:
-                matrix = torch.stack([g[slot] for g in sources])
+    for found, bucket, pieces, received in zip(weights, buckets, parts, arrived, strict=True):
+        result = torch.empty_like(bucket[0])
+        factors = found.factors_for(bucket[0])
+        for slots, matrices in zip(pieces, received, strict=True):
+            for slot, matrix in zip(slots, matrices, strict=True):
                 matrix[list(found.dropped)] = 0
                 weighted_sum(matrix, factors, out=result[slot])
-        results.append(result.to(originals[0].dtype))
+                result[slot] = _travel(result[slot][None], options)[0]
+        results.append(result)
     record = record_of(state, weights)
     state.advance(record)
     return results, record
+
+
+def _travel(rows: Tensor, options: Options) -> Tensor:
+    """What arrives of rows [n, c]: of a narrower dtype on the wire, rounded."""
+    narrow = options.narrow(rows.dtype)
+    if narrow:
+        for row in rows:
+            decode(encoded(row, narrow), row)
+    return rows

@@ -141,7 +141,7 @@ def losing(folder: Path, fault: str, lost: int, at: int = 5, steps: int = 20) ->
                 "cause": str(error.__cause__),
                 "step": state.step,
                 "whole": torch.equal(found, complete),
-                "pending": state._runtime.aggregation.pending,
+                "pending": state.owner.aggregation.pending,
                 "parameters": hashlib.sha256(found.numpy().tobytes()).hexdigest(),
             }
         optimizer.step()

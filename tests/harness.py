@@ -27,6 +27,9 @@ _context.set_forkserver_preload(_PRELOAD)
 TIMEOUT = 20.0
 """Seconds that a collective waits for the other ranks."""
 
+GRACE = 10.0
+"""Seconds in which a rank ends that has nothing more to do."""
+
 
 @dataclass
 class Outcome:
@@ -60,7 +63,7 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = {}, []
         for rank in range(n):
-            ours, theirs = _context.Pipe(duplex=False)
+            ours, theirs = _context.Pipe()
             process = _context.Process(
                 target=_rank, args=(rank, n, folder, timeout, theirs, function, arguments)
             )
@@ -78,8 +81,11 @@ def launch(
                 with contextlib.suppress(EOFError):  # it died without a word
                     outcome.value, outcome.error = pickle.loads(end.recv_bytes())
                 open_ends.discard(end)
+        for end in ends:
+            end.close()  # what ranks wait for that could end
+        late = {ends[end] for end in open_ends}
         for outcome, process in zip(outcomes, processes, strict=True):
-            process.join(max(0.0, until - time.monotonic()))
+            process.join(0 if outcome.rank in late else GRACE)
             outcome.exitcode = process.exitcode
             if process.is_alive():
                 process.kill()
@@ -135,9 +141,7 @@ def _rank(
         faulthandler.cancel_dump_traceback_later()
         # Plain pickle: multiprocessing's own would send a tensor as a handle of this process.
         result.send_bytes(pickle.dumps((value, error)))
-        result.close()
         if error is None:  # nobody leaves while another still talks to it
-            store.set(f"done {rank}", "")
-            with contextlib.suppress(RuntimeError):  # another failed, and will not come
-                store.wait([f"done {other}" for other in range(n)], timedelta(seconds=timeout))
+            with contextlib.suppress(EOFError):
+                result.recv_bytes()
         os._exit(0)  # not waiting for gloo's threads, which may wait for a dead rank

@@ -35,9 +35,12 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(*layers).to(dtype)
 
 
-def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def batch(
+    step: int, dtype: torch.dtype = torch.float32, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Another one for each rank and step."""
-    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(1000 * step + rank)
     x = torch.randn(6, 11, generator=generator).to(dtype)
     return x, torch.randint(0, 3, (6,), generator=generator)
 

@@ -20,7 +20,7 @@ from harness import run
 from torch.distributed.run import get_args_parser
 
 from grain_ddp.__main__ import main
-from grain_ddp._tools import bench
+from grain_ddp._tools import bench, measure, trial
 from grain_ddp._tools.cost import Cluster
 
 
@@ -37,6 +37,7 @@ def test_it_runs_and_the_plan_reads_it(tmp_path: Path, capsys: pytest.CaptureFix
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("2 ranks on 1 host, ")  # rank 0 alone speaks
     assert result.stdout.count("| plain DDP |") == 1
+    assert "Its ratios mean nothing" in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(out.read_text())
     rows = {row["variant"]: row for row in found["steps"]}
@@ -70,7 +71,7 @@ def clocked() -> float:
 
     if dist.get_rank():
         time.sleep(0.5)
-    return bench.clock(lambda: None, torch.device("cpu"), 10)
+    return trial.clock(lambda: None, torch.device("cpu"), 10)
 
 
 def test_a_clock_starts_when_all_are_there() -> None:
@@ -79,7 +80,7 @@ def test_a_clock_starts_when_all_are_there() -> None:
 
 def places(names: list[str]) -> list[list[int]]:
     os.environ["GROUP_RANK"] = names[dist.get_rank()]
-    return bench.hosts()
+    return measure.hosts()
 
 
 def test_hosts() -> None:
@@ -89,7 +90,7 @@ def test_hosts() -> None:
 
 def cluster_of(names: list[str]) -> Any:
     os.environ["GROUP_RANK"] = names[dist.get_rank()]
-    return bench.measure_cluster(torch.device("cpu"))
+    return measure.measure_cluster(torch.device("cpu"))
 
 
 def test_links_inside_and_between_hosts() -> None:
@@ -111,7 +112,7 @@ def test_unequal_hosts_are_told() -> None:
 
 
 def test_variants() -> None:
-    found = bench.variants(["global"], ["rank", "node", 4], ["own", "fp16"], [1, 5])
+    found = trial.variants(["global"], ["rank", "node", 4], ["own", "fp16"], [1, 5])
     assert list(found) == [
         "plain DDP",
         "no-op hook",
@@ -130,7 +131,7 @@ def test_variants() -> None:
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_model_has_the_size_asked_for(layers: int) -> None:
-    size = sum(p.numel() for p in bench.network(1e5, layers).parameters())
+    size = sum(p.numel() for p in trial.network(1e5, layers).parameters())
     assert size == pytest.approx(1e5, rel=0.02)
 
 
@@ -145,11 +146,13 @@ def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "status", "expected"),
     [
         ([], 1, "Start it with a launcher: torchrun --nproc_per_node=4 -m grain_ddp bench"),
-        (["--rounds", "0"], 1, "--rounds must be at least 1, but it is 0"),
-        (["--record-every", "3", "0"], 1, "--record-every must be at least 1"),
+        (["--rounds", "0"], 2, "expected a whole number of at least 1"),
+        (["--record-every", "3", "0"], 2, "expected a whole number of at least 1"),
         (["--groups", "hosts"], 2, "expected rank, node or a number, but found 'hosts'"),
         (["--parameters", "big"], 2, "such as 7B"),
         (["--out", "bench.foo"], 1, "expected a picture's name"),
+        (["--json", "missing/bench.json"], 1, "missing is not a folder"),
+        (["--json", "/"], 1, "it is a folder"),
     ],
 )
 def test_errors_are_sentences(
@@ -199,10 +202,10 @@ def test_a_round_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         def block(self, x: Any, y: Any, steps: int) -> float:
             return next(times)
 
-    monkeypatch.setattr(bench, "Trial", Trial)
+    monkeypatch.setattr(trial, "Trial", Trial)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     contest = {"plain DDP": None, "no-op hook": None, "other": {}}
-    rows = bench.compare(100, 1, 2, 3, 1, contest, torch.device("cpu"))
+    rows = trial.compare(100, 1, 2, 3, 1, contest, torch.device("cpu"))
     found = {row["variant"]: (row["seconds"], row["ratio"], row["quartiles"]) for row in rows}
     # Rounds 1 and 3 go forwards, round 2 backwards.
     assert found["other"] == (60, 3, [3, 3])

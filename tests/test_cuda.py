@@ -127,9 +127,9 @@ def test_memory_that_is_free_may_be_overwritten(scope: str) -> None:
     wire = local_wire(4)
     exchange = wire.exchange
 
-    def late(send: Any, receive: Any) -> Transfer:
+    def late(send: Any, receive: Any, *what: Any) -> Transfer:
         torch.cuda._sleep(5_000_000)
-        found = exchange(send, receive)
+        found = exchange(send, receive, *what)
         torch.cuda._sleep(5_000_000)
         return found
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import grain_ddp._core.sharded as sharded_module
 import grain_ddp.fsdp
 from grain_ddp import GrainState
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._wire.torch_wire import TorchWire
 
 RATE, MOMENTUM = 0.5, 0.9
@@ -177,7 +178,7 @@ def single_gradients(cases: list[tuple[dict[str, Any], str, float]]) -> None:
         rule: Rule = {first: lambda rows: rows[0], "inverse_norm": inverse_norm, "mean": mean}.get(
             state.weighting, min_norm
         )
-        if state.averaging or state.cap == 1:
+        if state.options.kind(state.step).averages or state.cap == 1:
             rule = mean
         expected = exact(twin_of(model, dtype), [3], rule, dtype)
         loss(model, 3).backward()
@@ -381,9 +382,9 @@ def counted() -> Iterator[list[int]]:
     sent: list[int] = []
     original = TorchWire.exchange
 
-    def exchange(self: TorchWire, send: Any, receive: Any) -> Any:
+    def exchange(self: TorchWire, send: Any, receive: Any, *what: Any) -> Any:
         sent.append(sum(t.nbytes for j, t in enumerate(send) if j != self.rank))
-        return original(self, send, receive)
+        return original(self, send, receive, *what)
 
     TorchWire.exchange = exchange  # type: ignore[method-assign]
     yield sent
@@ -394,12 +395,13 @@ def wired() -> None:
     n, padded = dist.get_world_size(), 0
     for p in network().parameters():  # FSDP pads the first dimension
         padded += -(-p.shape[0] // n) * n * p[0].numel()
-    gramians = len(UNITS) * (n - 1) * n * (n + 1) // 2 * 8
+    gramians = len(UNITS) * (n - 1) * (n * (n + 1) // 2 + MARKS) * 8
+    powers = len(UNITS) * (n - 1) * 2  # one with each message of a narrower dtype
     scatter = (n - 1) * padded // n
     for options, policy, expected in [
         ({}, MixedPrecisionPolicy(), 4 * scatter + gramians),
         ({}, MixedPrecisionPolicy(torch.bfloat16), 2 * scatter + gramians),
-        ({"wire_dtype": torch.bfloat16}, MixedPrecisionPolicy(), 2 * scatter + gramians),
+        ({"wire_dtype": torch.bfloat16}, MixedPrecisionPolicy(), 2 * scatter + gramians + powers),
         ({"warmup_steps": 1}, MixedPrecisionPolicy(), 4 * scatter),
     ]:
         model, _ = wrap(options, mp_policy=policy)
@@ -583,7 +585,7 @@ def separate() -> None:
     loss(model, 0).backward()
     assert relative_error(gradient(model), expected) < 1e-5
     if hasattr(model, "set_separate_reduce_scatter_group"):
-        assert state._runtime.aggregation.wire.group is theirs
+        assert state.owner.aggregation.wire.group is theirs
 
 
 def test_a_process_group_for_the_reduction() -> None:
@@ -659,11 +661,12 @@ def refused() -> None:
 
     model, state = wrap({})
     error(model, "was called for this model, or a part of it, before")
-    with pytest.raises(ValueError, match="already in use"):
+    with pytest.raises(ValueError, match="serves the FSDP2 model"):
         grain_ddp.fsdp.apply(sharded(), state)
-    state.load_state_dict(state.state_dict())
-    grain_ddp.fsdp.apply(sharded(), state)
-    with pytest.raises(ValueError, match="was given to another model"):
+    state.load_state_dict({**state.state_dict(), "cap": 2})  # other options: to be agreed anew
+    grain_ddp.fsdp.apply(other := sharded(), state)
+    assert other is not model
+    with pytest.raises(ValueError, match="was given to the FSDP2 model"):
         loss(model, 0).backward()
     model, state = wrap({})
     state.load_state_dict({"scope": "global"})

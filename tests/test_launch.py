@@ -68,6 +68,54 @@ def test_a_single_host(whole: tuple[str, Path]) -> None:
     assert saved["grain"]["step"] == STEPS
 
 
+TRAINING = {  # what TRAIN says, and the words of the command
+    "{file}": ["{file}"],
+    '"{quoted}" --name "two words" --n 3': ["{file}", "--name", "two words", "--n", "3"],
+    "train.py --n 3": ["train.py", "--n", "3"],
+}
+
+
+@pytest.mark.parametrize("train", TRAINING)
+@pytest.mark.parametrize(
+    "script", [path for path in sorted(LAUNCH.iterdir()) if "TRAIN" in path.read_text()], ids=str
+)
+def test_spaces_and_quotes_in_the_training_command(
+    script: Path, train: str, tmp_path: Path
+) -> None:
+    file = tmp_path / 'my "best" run\'s' / "train.py"
+    file.parent.mkdir()
+    file.touch()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("torchrun", "deepspeed", "srun", "scontrol"):
+        path = programs / name
+        path.write_text(
+            "#!/bin/sh\n" + ("printf '%s\\n' \"$@\"" if name != "scontrol" else "echo h")
+        )
+        path.chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(script), "--steps", "a b"],
+        env={
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "TRAIN": train.format(file=file, quoted=str(file).replace('"', '\\"')),
+            **{f"SLURM_{name}": "1" for name in ("JOB_ID", "JOB_NODELIST", "NTASKS", "NNODES")},
+        },
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert result.returncode == 0, result.stderr
+    words = [word.format(file=file) for word in TRAINING[train]] + ["--steps", "a b"]
+    assert result.stdout.splitlines()[-len(words) :] == words
+
+
+def test_a_file_with_a_space_and_a_quote_is_trained(tmp_path: Path) -> None:
+    file = tmp_path / "my best run's" / "cluster.py"
+    file.parent.mkdir()
+    shutil.copy(EXAMPLE, file)
+    assert finished(run("bash", "launch/single_host.sh", "--steps", "20", TRAIN=str(file)), 2)
+
+
 @pytest.mark.root
 def test_several_hosts() -> None:
     script = ["bash", "launch/several_hosts.sh", "--steps", "20"]

@@ -75,6 +75,7 @@ def test_the_wire_and_the_mathematics_meet_in_the_core_only() -> None:
 def test_importing_the_package_imports_nothing_optional(use: str) -> None:
     optional = ["deepspeed", "mpi4py", "matplotlib", "sklearn", "scipy", "torch._dynamo"]
     optional += ["tensorboard", "wandb", "triton", "transformers", "accelerate", "lightning"]
+    optional += ["mlflow", "opentelemetry"]
     optional = [name for name in optional if not (use and name == "torch._dynamo")]  # FSDP2's own
     code = f"import sys, grain_ddp; {use}\nprint([m for m in {optional} if m in sys.modules])"
     out = subprocess.run(

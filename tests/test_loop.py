@@ -130,7 +130,7 @@ def state_of_a_ddp_model() -> None:
         (sparse_somewhere, "parameters [0] have sparse ones"),
         (nothing, "no parameter has a gradient on any rank"),
         (no_parameters, "no parameter has a gradient on any rank"),
-        (state_of_a_ddp_model, "this GrainState serves a DDP model"),
+        (state_of_a_ddp_model, "this GrainState serves the DDP model Sequential"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -115,7 +115,7 @@ def case_state(world: Any) -> Any:
     for _ in range(2):
         steps.append(reduce_gradient(gradient(world.rank), half).step)
         steps.append(reduce_gradient(gradient(world.rank), half, state).step)
-    copy = state._runtime.wire.comm
+    copy = state.owner.aggregation.wire.comm
     half.Free()
     from mpi4py import MPI
 
@@ -194,9 +194,9 @@ def case_traffic(world: Any) -> Any:
     sent = []
     exchange = MpiWire.exchange
 
-    def counting(self: MpiWire, send: Any, receive: Any) -> Any:
+    def counting(self: MpiWire, send: Any, receive: Any, *what: Any) -> Any:
         sent.append(sum(t.nbytes for j, t in enumerate(send) if j != self.rank))
-        return exchange(self, send, receive)
+        return exchange(self, send, receive, *what)
 
     mail = np.zeros(1)
     request = world.Irecv(mail, MPI.ANY_SOURCE, MPI.ANY_TAG)

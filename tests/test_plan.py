@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from grain_ddp import GrainState, grain_hook
 from grain_ddp.__main__ import main
 from grain_ddp._core.aggregation import SCRATCH_BYTES
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.sharded import ShardedAggregation
-from grain_ddp._tools.cost import Choice, Cluster, Job, Link, _overlapped, choices, cost, overhead
-from grain_ddp._tools.plan import PRESETS, count, growth, recommend
+from grain_ddp._tools.advice import KINDS, choices, figures, growth, recommend, report, sizes
+from grain_ddp._tools.cost import Choice, Cluster, Job, Link, _overlapped, cost, overhead
+from grain_ddp._tools.plan import PRESETS, _asked, arguments, load
+from grain_ddp._tools.quantities import count, rate, share, whole
 from grain_ddp._wire.torch_wire import TorchWire
 
 H100 = PRESETS["h100"][0]
@@ -39,12 +43,12 @@ def counting(per_host: int) -> list[int]:
     found = [0, 0]
     exchange = TorchWire.exchange
 
-    def counted(self: TorchWire, send: Any, receive: Any) -> Any:
+    def counted(self: TorchWire, send: Any, receive: Any, *what: Any) -> Any:
         for j, tensor in enumerate(send):
             if j != self.rank:
                 found[0] += tensor.nbytes
                 found[1] += tensor.nbytes * (j // per_host != self.rank // per_host)
-        return exchange(self, send, receive)
+        return exchange(self, send, receive, *what)
 
     TorchWire.exchange = counted  # type: ignore[method-assign]
     return found
@@ -97,7 +101,7 @@ def sharded_bytes(scope: str) -> int:
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("scope", ["global", "bucket"])
 def test_sharded_bytes_are_those_that_travel(n: int, scope: str) -> None:
-    job = Job(15000 * n, 4, 3, 0.0, sharded=True)
+    job = Job(15000 * n, 4, 3, 0.0, kind="fsdp")
     expected = cost(replace(CPU, per_host=1), job, n, Choice(scope)).sent
     for sent in run(n, sharded_bytes, scope):
         assert sent == pytest.approx(expected, rel=1e-9)
@@ -116,9 +120,11 @@ def test_grain_by_hand() -> None:
     """Two hosts of one rank: exchange, Gramian, solve, and the gather, which is slower here."""
     cluster = replace(CPU, per_host=1, far=Link(1e-3, 1e8), solver=((2, 0.01),))
     found = cost(cluster, Job(10**6, 4, 1, 0.3), 2, Choice("global"))
-    assert found.sent == 4e6 + 3 * 8
+    assert found.sent == 4e6 + (3 + MARKS) * 8
     half = 1e-3 + 2e6 / 1e8
-    assert found.seconds == pytest.approx(0.3 + 4e6 / 5e9 + half + 1e-3 + 24 / 1e8 + 0.01 + half)
+    assert found.seconds == pytest.approx(
+        0.3 + 4e6 / 5e9 + half + 1e-3 + (3 + MARKS) * 8 / 1e8 + 0.01 + half
+    )
 
 
 @given(st.integers(1, 30), st.floats(0, 1), st.floats(0, 0.1))
@@ -155,7 +161,7 @@ def test_node_groups_stay_flat() -> None:
 def test_sharded_is_half_of_the_way() -> None:
     for choice in (None, Choice("bucket", 8)):
         whole = cost(H100, JOB, 64, choice)
-        half = cost(H100, replace(JOB, sharded=True), 64, choice)
+        half = cost(H100, replace(JOB, kind="fsdp"), 64, choice)
         assert half.sent == pytest.approx(whole.sent / 2, rel=0.01)
 
 
@@ -168,12 +174,18 @@ def test_the_solver_between_and_beyond_what_is_measured() -> None:
 
 
 def test_memory_of_many_gramians() -> None:
-    """One per bucket is kept until the step ends."""
+    """One per bucket is kept until the step ends, and in global scope they are stacked then."""
     few, many = (cost(H100, JOB, n, Choice("global")).memory for n in (32, 4096))
-    assert few == SCRATCH_BYTES + 8 * (
-        40 * 32**2 + 32 * 528
-    )  # scratch; Gramians; gathered triangles
-    assert many == pytest.approx(40 * 8 * 4096**2, rel=0.1)
+    # Scratch; Gramians; gathered triangles.
+    assert few == SCRATCH_BYTES + 8 * (2 * 40 * 32**2 + 32 * 528)
+    assert many == pytest.approx(2 * 40 * 8 * 4096**2, rel=0.1)
+    assert cost(H100, JOB, 4096, Choice("bucket")).memory < many
+
+
+def test_global_scope_keeps_what_sharding_gives_away() -> None:
+    zero = replace(JOB, kind="zero2")
+    more = [cost(H100, zero, 32, Choice(scope)).memory for scope in ("global", "bucket")]
+    assert more[0] - more[1] > 0.9 * JOB.size
 
 
 def test_recommendations() -> None:
@@ -187,9 +199,53 @@ def test_recommendations() -> None:
     assert float(allowed[1]) <= 5
     assert "the least there is, and more than the 0 % allowed" in recommend(H100, JOB, 64, 0.0)
     assert recommend(H100, JOB, 1, 0.05).startswith("Alone")
-    sharded = recommend(H100, replace(fast, sharded=True), 1024, 0.05)
-    assert 'Take scope="global"' in sharded
-    assert 'FSDP2 has scope="bucket" only.' in sharded
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 16, 24, 64, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_an_integration_does_is_offered(kind: str, ranks: int) -> None:
+    job = replace(JOB, kind=kind)
+    found = list(choices(H100, job, ranks))
+    assert found
+    if kind == "fsdp":
+        assert {choice.scope for choice in found} == {"bucket"}
+    if kind != "ddp":
+        assert {choice.group for choice in found} == {1}
+    assert all(choice.group == 1 or ranks / choice.group > 2 for choice in found)
+    names = {choice.name(8) for choice in found if choice.itemsize is None}
+    assert all(name in names for name, curve in growth(H100, job, ranks).items() if ranks in curve)
+    recommend(H100, job, ranks, 0.0)
+
+
+def test_two_rows_are_called_what_they_are() -> None:
+    assert list(sizes(H100, JOB, 16)) == [1]
+    assert "Groups of 8 would make two rows, whose weights are nearly the mean's" in recommend(
+        H100, JOB, 16, 0.0
+    )
+    zero = recommend(H100, replace(JOB, kind="zero3"), 64, 0.0)
+    assert "ZeRO 3 has groups of single ranks only" in zero
+    assert 'To watch only, with weighting="mean" and record_every=10' in zero
+
+
+def test_what_does_not_fit_is_not_recommended() -> None:
+    job = Job(70 * 10**9, 4, 140, 8.6, "zero3")
+    assert 'Take scope="bucket"' in recommend(H100, job, 1024, 0.0)
+    assert "282 GB, does not fit |" in report(H100, job, 1024, 0.05)
+    assert 'Take scope="global"' in recommend(replace(H100, capacity=None), job, 1024, 0.0)
+
+
+def test_what_a_model_needs() -> None:
+    """16 bytes for each parameter, of which sharding takes away its parts."""
+    needs = {kind: Job(10**9, 2, 1, 1.0, kind).states(64) / 1e9 for kind in KINDS}
+    assert needs == pytest.approx(
+        {
+            "ddp": 16,
+            "zero1": 4 + 12 / 64,
+            "zero2": 2 + 14 / 64,
+            "zero3": 16 / 64,
+            "fsdp": 16 / 64,
+        }
+    )
 
 
 def test_the_recommendation_is_the_first_within_the_budget() -> None:
@@ -203,17 +259,74 @@ def test_the_recommendation_is_the_first_within_the_budget() -> None:
 
 def test_quantities() -> None:
     assert count("1.5B") == 1.5e9
-    for wrong in ("", "-1M", "1 parsec", "many", "0"):
-        with pytest.raises(argparse.ArgumentTypeError, match="such as 7B"):
+    assert rate("400Gbps") == rate("400Gbit/s") == rate("400Gb/s") == rate("50GB/s") == 50e9
+    assert share("5%") == share("5") == share("5 %") == 0.05
+    assert share("0") == 0
+    assert whole()("12") == 12
+    for wrong in (
+        "",
+        "-1M",
+        "1 parsec",
+        "many",
+        "0",
+        "nan",
+        "inf",
+        "1e400",
+        "9" * 400,
+        "0." + "0" * 400,
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match="such as 7B") as raised:
             count(wrong)
+        assert len(str(raised.value)) < 200
+    for kind, wrong in ((share, "-5"), (share, "nan"), (whole(), "9" * 5000)):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a"):
+            kind(wrong)
+
+
+def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--parameters", "7B"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "It does not fit: parameters, gradients and Adam's states take 112 GB of"
+    )
+    assert "it has 80.0 GB. With --zero 1 it takes 56.9 GB." in said
+    assert main(["plan", "--parameters", "7B", "--gpu-memory", "141GB"]) == 0
+    assert "not fit" not in capsys.readouterr().out
+    assert main(["plan", "--parameters", "1T", "--fsdp"]) == 0
+    assert "That takes more than 200 of them." in capsys.readouterr().out
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_figures_in_the_docs_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every ```text block of the page on planning follows the command that printed it."""
+    page = (DOCS / "planning.md").read_text(encoding="utf-8")
+    found = re.findall(
+        r"```bash\ngrain-ddp (plan [^\n]*)\n```\n+```text\n(.*?)```", page, re.DOTALL
+    )
+    assert len(found) >= 2
+    for command, printed in found:
+        assert main(shlex.split(command.split(" --out ")[0])) == 0
+        said = capsys.readouterr().out
+        for part in printed.split("...\n"):  # what is left out
+            assert part.strip() in said, command
+
+
+def test_the_picture_in_the_docs_is_that_of_the_command() -> None:
+    """It carries its figures."""
+    image = pytest.importorskip("PIL.Image").open(DOCS / "images" / "plan.png")
+    asked = argparse.ArgumentParser()
+    arguments(asked)
+    assert image.text["Description"] == figures(growth(*_asked(asked.parse_args([]))))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
-    asked = ["plan", "--parameters", "7B", "--gpus", "128", "--link", "200Gbit/s", "--sharded"]
+    asked = ["plan", "--parameters", "7B", "--gpus", "128", "--link", "200Gbit/s"]
     assert main([*asked, "--json", str(out), "--out", str(picture)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("7.00B parameters, 128 GPUs on 16 hosts, ZeRO or FSDP")
+    assert said.count("7.00B parameters, 128 GPUs on 16 hosts, DDP") == 1
     assert "| bucket, node |" in said
     assert "\nTake scope=" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -230,7 +343,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_every_size(
     parameters: str, gpus: str, preset: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for more in ([], ["--sharded"]):
+    for more in ([], ["--fsdp"], ["--zero", "1"]):
         asked = ["--parameters", parameters, "--gpus", gpus, "--preset", preset, *more]
         assert main(["plan", *asked]) == 0
         assert "nan" not in capsys.readouterr().out
@@ -240,7 +353,21 @@ def test_every_size(
     ("arguments", "status", "expected"),
     [
         (["--gpus", "100"], 1, "100 GPUs do not fill hosts of 8: give a multiple"),
-        (["--gpus", "0"], 1, "--gpus must be at least 1, but it is 0"),
+        (
+            ["--gpus", "0"],
+            2,
+            "expected a whole number of at least 1 and at most 1000000",
+        ),
+        (["--budget", "nan"], 2, "expected a number with a unit, such as 5%"),
+        (["--budget", "-5"], 2, "expected a number with a unit, such as 5%"),
+        (["--compute", "1e400s"], 2, "such as 300ms"),
+        (["--bucket", "1e300GiB"], 2, "such as 25MiB"),
+        (["--bucket", "1B", "--parameters", "1T"], 1, "makes 4e+12 buckets"),
+        (["--preset", "h100", "--from", "x.json"], 2, "not allowed with argument"),
+        (["--fsdp", "--zero", "2"], 2, "not allowed with argument"),
+        (["--zero", "4"], 2, "invalid choice"),
+        (["--json", "theirs.json"], 1, "it exists, and grain_ddp did not make it"),
+        (["--out", "missing/curve.png"], 1, "missing is not a folder"),
         (["--link", "200"], 2, "a positive number with a unit, such as 200Gbit/s"),
         (["--preset", "h1000"], 2, "invalid choice"),
         (["--from", "missing.json"], 1, "missing.json: No such file"),
@@ -258,6 +385,7 @@ def test_errors_are_sentences(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text("{}")
+    Path("theirs.json").write_text("{}")
     refuses(["plan", *arguments], status, expected)
 
 
@@ -267,3 +395,43 @@ def test_a_link_that_nobody_measured() -> None:
     with pytest.raises(ValueError, match=r"need a link between hosts.*--link"):
         cost(alone, JOB, 4)
     assert all(n <= 2 for curve in growth(alone, JOB, 2).values() for n in curve)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "9" * 5000,
+        "[]",
+        '{"cluster": 3}',
+        '{"steps": [NaN]}',
+        "cluster.per_host=1e400",
+        "cluster.gramian=-1",
+        "cluster.gramian=null",
+        "cluster.solver=[]",
+        "cluster.near={}",
+        "cluster.near.latency=0",
+        "steps=[]",
+        "steps.0.seconds=0",
+        "steps.0.parameters=" + "9" * 400,
+        "ranks=0",
+        "ranks=null",
+    ],
+)
+def test_another_file_in_place_of_a_benchs(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    step = {"variant": "no-op hook", "seconds": 0.1, "parameters": 10**6}
+    found: Any = {"cluster": asdict(CPU), "steps": [step], "ranks": 2}
+    path.write_text(json.dumps(found))
+    assert load(path)[0] == CPU
+    if "=" in text:
+        names, value = text.split("=")
+        *outer, last = names.split(".")
+        inner = found
+        for name in outer:
+            inner = inner[int(name) if name.isdecimal() else name]
+        inner[last] = "@"
+        text = json.dumps(found).replace('"@"', value)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"expected what `grain-ddp bench --json .*` writes"):
+        load(path)

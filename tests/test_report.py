@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, StepRecord, grain_hook
+from grain_ddp import GrainState, Status, StepRecord, grain_hook
 from grain_ddp._math.weighting import weigh
+from grain_ddp._tools import gather, history
+from grain_ddp._tools.findings import findings, summary, verdict
+from grain_ddp._tools.gather import Gathering, run_of
+from grain_ddp._tools.page import page
+from grain_ddp._tools.panels import panels
 from grain_ddp._tools.picture import draw
-from grain_ddp._tools.report import Run, findings, summary
 from grain_ddp.sinks import jsonl, read_jsonl
 
 
@@ -52,19 +58,19 @@ def train(planted: str, weighting: str, path: str, steps: int = 60) -> None:
 def report(planted: str, weighting: str, folder: Path) -> str:
     path = folder / "run.jsonl"
     run(4, train, planted, weighting, str(path))
-    return summary(Run.of(read_jsonl(path)), batch=64)
+    return summary(run_of(read_jsonl(path)), batch=64)
 
 
 @pytest.mark.parametrize("weighting", ["mean", "min_norm"])
 def test_an_outlier_is_named_and_nobody_else(weighting: str, tmp_path: Path) -> None:
     text = report("outlier", weighting, tmp_path)
-    assert re.findall(r"Group (\d) is an outlier", text) == ["2"]
+    assert re.findall(r"Group (\d) is an outlier:", text) == ["2"]
 
 
 @pytest.mark.parametrize("weighting", ["mean", "min_norm"])
 def test_a_conflict_is_named_by_its_pairs(weighting: str, tmp_path: Path) -> None:
     text = report("conflict", weighting, tmp_path)
-    (line,) = [line for line in text.splitlines() if "pull against each other" in line]
+    (line,) = [line for line in text.splitlines() if line.startswith("- These groups pull")]
     assert set(re.findall(r"(\d) and (\d) \(", line)) == {(a, b) for a in "01" for b in "23"}
     assert "outlier" not in text
 
@@ -92,52 +98,137 @@ def gradients(steps: int = 40, n: int = 4, seed: int = 0) -> np.ndarray:
 
 
 def words(records: list[StepRecord], batch: int | None = None) -> str:
-    return summary(Run.of(records), batch)
+    return summary(run_of(records), batch)
 
 
 def test_groups_alike_are_never_outliers() -> None:
     for seed in range(100):
         rows = gradients(30, 2 + seed % 7, seed)
-        run = Run.of(records_of(rows))
+        run = run_of(records_of(rows))
         assert run.outliers == []
         assert run.opposed_pairs == []
-        assert "times as" not in "".join(f for f in findings(run) if f.startswith("Group "))
+        assert not any(f.headline.startswith("Group ") for f in findings(run))
 
 
 def test_two_outliers_of_eight_are_both_found() -> None:
     rows = gradients(n=8)
     rows[:, [1, 6]] -= 0.5  # they know nothing of the direction that the others share
-    assert Run.of(records_of(rows)).outliers == [1, 6]
+    assert run_of(records_of(rows)).outliers == [1, 6]
 
 
 def test_a_long_gradient_is_named() -> None:
     rows = gradients()
     rows[:, 3] *= 8
     text = words(records_of(rows))
-    (times,) = re.findall(r"Group 3's gradient is (\S+) times as long", text)
+    times, _ = re.findall(r"Group 3's gradient is (\S+) times as long", text)  # verdict and words
     assert float(times) == pytest.approx(8, rel=0.1)
 
 
 def test_what_grain_would_have_done_is_what_it_does() -> None:
     """The same gradients, watched and aggregated."""
     rows = gradients()
-    watched = Run.of(records_of(rows))
-    done = [StepRecord(k, **vars(weigh(g @ g.T, "min_norm"))) for k, g in enumerate(rows)]
-    for would, did in zip(watched.grain, done, strict=True):
-        np.testing.assert_array_equal(would.weights, did.weights)
+    watched = run_of(records_of(rows))
+    done = run_of([StepRecord(k, **vars(weigh(g @ g.T, "min_norm"))) for k, g in enumerate(rows)])
+    for name in ("weights", "norms", "opposed"):
+        would, did = (getattr(run.grain, name) for run in (watched, done))
+        np.testing.assert_allclose(would, did, rtol=1e-12)
     assert not watched.min_norm
-    assert Run.of(done).min_norm
+    assert done.min_norm
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_arrays_are_the_records_readings(buckets: bool) -> None:
+    rows = gradients(50, 5)
+    rows[7, 3] = 0
+    records = [StepRecord(k, **vars(weigh(g @ g.T, "min_norm"))) for k, g in enumerate(rows)]
+    if buckets:
+        records = [in_buckets(r) for r in records]
+    run = run_of(records)
+    np.testing.assert_allclose(run.norms, [r.norms for r in records], rtol=1e-12)
+    np.testing.assert_allclose(run.norm_mean, [r.norm_mean for r in records], rtol=1e-12)
+    np.testing.assert_array_equal(run.opposed, [r.conflicts_mean for r in records])
+    np.testing.assert_allclose(run.grain.norms, [r.norm_aggregate for r in records], rtol=1e-9)
+    np.testing.assert_array_equal(run.grain.opposed, [r.conflicts_aggregate for r in records])
+    to_others = np.array([r.cosine_to_others for r in records])
+    to_others[7, 3] = np.nan
+    np.testing.assert_allclose(run.cosine_to_others, to_others, rtol=1e-9)
+    early = np.mean([r.cosine for r in records[:16]], 0)
+    keep = np.arange(5) != 3  # the group that was absent once counts when it was there
+    np.testing.assert_allclose(run.cosines[0][keep][:, keep], early[keep][:, keep], rtol=1e-9)
+    part = records[10:20]
+    mean = np.mean([r.gramian.reshape(-1, 5, 5).sum(0) for r in part], 0)
+    scale = dataclasses.replace(part[0], gramian=mean).noise_scale
+    assert run.noise_scale(slice(10, 20)) == pytest.approx(scale)
+
+
+def in_buckets(record: StepRecord) -> StepRecord:
+    return dataclasses.replace(
+        record,
+        gramian=np.stack([record.gramian, 2 * record.gramian]),
+        weights=np.stack([record.weights] * 2),
+        gap=np.zeros(2),
+        status=(record.status, record.status),
+        active=(record.active,) * 2,
+        dropped=((), ()),
+    )
+
+
+def test_a_long_run_is_thinned_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gradients(3000)
+    rows[:, 2] *= -0.2
+    whole = run_of(records_of(rows))
+    monkeypatch.setattr(gather, "HELD", 20_000)
+    monkeypatch.setattr(history, "SOLVED", 100)
+    thin = run_of(records_of(rows))
+    assert thin.records == whole.records == 3000
+    assert 100 < len(thin.steps) <= 20_000 / 21
+    assert (np.diff(thin.steps) == thin.every).all()
+    assert len(thin.grain.at) == 100
+    assert thin.outliers == whole.outliers == [2]
+    np.testing.assert_allclose(thin.grain.norms.mean(), whole.grain.norms.mean(), rtol=0.1)
+    assert f"every {thin.every}th is counted" in summary(thin)
+
+
+def test_a_step_that_comes_again_takes_the_place_of_what_followed() -> None:
+    gathering = Gathering()
+    for record in records_of(gradients(20)):
+        gathering.add(record)
+    gathering.add(dataclasses.replace(records_of(gradients(1))[0], step=12, status="custom"))
+    run = gathering.run()
+    assert (run.records, run.last, len(run.steps)) == (13, 12, 13)
+    assert run.statuses == {"mean": 12, "custom": 1}
+
+
+def test_one_record_is_not_a_verdict() -> None:
+    text = words(records_of(gradients(1)))
+    assert "Verdict: Too early to tell: 1 record of 10." in text
+    assert "conflict" not in text
+    assert "noise scale is" not in text
+
+
+def test_verdicts() -> None:
+    rows = gradients(n=8)
+    run = run_of(records_of(rows))
+    assert verdict(run, list(findings(run)))[0] in ("fine", "look")
+    rows[:, 3] *= 8
+    run = run_of(records_of(rows))
+    level, said = verdict(run, list(findings(run)))
+    assert level == "look"
+    assert re.match(r"Group 3's gradient is [78]\.\d times as long", said)
+    rows[:, 1] *= -0.1
+    run = run_of(records_of(rows))
+    assert verdict(run, list(findings(run))) == ("bad", "Group 1 is an outlier")
 
 
 def test_noise_scale_is_in_examples_and_judged() -> None:
     rng = np.random.default_rng(0)
-    for noise, verdict in ((10.0, "Most of the step is noise"), (0.1, "larger than it needs")):
+    for noise, expected in ((10.0, "Most of the step is noise"), (0.1, "larger than it needs")):
         # tr Σ = 100 · noise and ‖G‖² = 100
         rows = 1 + np.sqrt(noise) * rng.normal(size=(300, 4, 100))
-        run = Run.of(records_of(rows))
+        run = run_of(records_of(rows))
         assert run.noise_scale(slice(None)) == pytest.approx(noise, rel=0.1)
-        text = words(run.records, batch=32)
-        assert verdict in text
+        text = summary(run, batch=32)
+        assert expected in text
         (examples,) = re.findall(r"\(32 examples\), (\S+) examples", text)
         assert float(examples) == pytest.approx(32 * noise, rel=0.2)
 
@@ -147,7 +238,7 @@ def test_what_went_wrong_is_told() -> None:
     broken = records[3].gramian.copy()
     broken[1] = broken[:, 1] = np.nan
     records[3] = dataclasses.replace(
-        records[3], gramian=broken, dropped=(1,), status="not finite: propagated"
+        records[3], gramian=broken, dropped=(1,), status=Status.NOT_FINITE
     )
     zero = records[5].gramian.copy()
     zero[2] = zero[:, 2] = 0
@@ -164,9 +255,9 @@ def test_what_went_wrong_is_told() -> None:
 def test_a_watched_run_stays_one_when_a_gradient_is_not_finite() -> None:
     records = records_of(gradients(20))
     records[3] = dataclasses.replace(
-        records[3], gramian=np.full((4, 4), np.nan), status="not finite: propagated"
+        records[3], gramian=np.full((4, 4), np.nan), status=Status.NOT_FINITE
     )
-    run = Run.of(records)
+    run = run_of(records)
     assert not run.min_norm
     assert "those of the mean; GRAIN was watching only" in summary(run)
 
@@ -187,22 +278,72 @@ def test_odd_logs_make_words_and_a_picture(kind: str, tmp_path: Path) -> None:
     if kind == "all NaN":
         records = [dataclasses.replace(r, gramian=r.gramian * np.nan) for r in records]
     if kind == "buckets":
-        records = [
-            dataclasses.replace(
-                r,
-                gramian=np.stack([r.gramian] * 2),
-                weights=np.stack([r.weights] * 2),
-                gap=np.zeros(2),
-                status=("mean", "mean"),
-                active=((0, 1, 2),) * 2,
-                dropped=((), ()),
-            )
-            for r in records
-        ]
+        records = [in_buckets(r) for r in records]
     assert "What stands out\n- " in words(records)
+    html = page({"run.jsonl": run_of(records)})
+    assert ("<svg" in html) == (kind != "all NaN")
+    assert "nan" not in html.lower().replace("have a gradient with nan", "").replace("have nan", "")
     if kind == "all NaN":
         with pytest.raises(ValueError, match="nothing to draw"):
-            draw(Run.of(records), tmp_path / "run.png")
+            draw(run_of(records), tmp_path / "run.png")
     else:
-        draw(Run.of(records), tmp_path / "run.png")
+        draw(run_of(records), tmp_path / "run.png")
         assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Checker(HTMLParser):
+    """What is opened is closed; nothing is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href"):
+                assert value is not None
+                assert value.startswith("data:image/png;base64,")
+                assert base64.b64decode(value.split(",")[1]).startswith(b"\x89PNG")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("n", [4, 40])
+def test_the_page_shows_the_evidence_behind_each_sentence(n: int) -> None:
+    rows = gradients(300, n)
+    rows[:, 2] *= -0.2
+    run = run_of(records_of(rows))
+    html = page({"<run> & co": run}, batch=8)
+    checker = Checker()
+    checker.feed(html)
+    assert checker.open == []
+    assert "<run> & co" in checker.words
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert all(finding.text in checker.words for finding in findings(run, 8))
+    assert checker.words.index("Group 2 is an outlier") < checker.words.index("How long are")
+    assert html.count("<figure>") == len(panels(run)) == 7
+    assert "prefers-color-scheme: dark" in html
+    assert "refresh" not in html
+    assert len(html) < 300_000
+
+
+def test_two_runs_side_by_side_have_the_same_axes() -> None:
+    small, large = (run_of(records_of(s * gradients())) for s in (1, 100))
+    html = page({"a.jsonl": small, "b.jsonl": large})
+    figures = re.findall(r"<figure>.*?</figure>", html)
+    assert len(figures) == 14
+    norms = [f for f in figures if "Norm of the gradients" in f]
+    axes = [re.findall(r'class="end">([^<]*)<', f) for f in norms]
+    assert axes[0] == axes[1]
+    assert html.count('class="verdict') == 2

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grain_ddp._math.solver import Solution, Status, min_norm
+from grain_ddp._math.solver import Solution, min_norm
+from grain_ddp._math.status import Status
 
 Array = np.ndarray
 EPS = np.finfo(float).eps

@@ -39,21 +39,20 @@ class LocalWire(Wire):
     def __init__(self, size: int) -> None:
         super().__init__(0, size)
 
-    def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
+    def exchange(
+        self, send: Sequence[Tensor], receive: Sequence[Tensor], what: object = ""
+    ) -> Transfer:
         for j in range(1, self.size):
             receive[j].copy_(send[j]) if len(send[j]) == len(receive[j]) else receive[j].zero_()
         return Transfer()
 
-    def sum(self, values: Tensor) -> tuple[Transfer, Tensor]:
+    def sum(self, values: Tensor, what: object = "") -> tuple[Transfer, Tensor]:
         return Transfer(), values[None]
 
-    def all_reduce(self, values: Tensor) -> Transfer:
+    def all_reduce(self, values: Tensor, what: object = "") -> Transfer:
         return Transfer()
 
-    def same(self, value: str, device: torch.device) -> bool:
-        return True
-
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, what: object = "") -> list[Any]:
         return [value] * self.size
 
 

@@ -14,20 +14,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core.aggregation import (
-    MESSAGE_BYTES,
-    SCRATCH_BYTES,
-    narrow_dtype,
-    record_of,
-    start_sum,
-    weights_of_sum,
-)
-from grain_ddp._core.state import GrainState
-from grain_ddp._math.gramian import gramian, weighted_sum
+from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
+from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
+from grain_ddp._core.columns import Columns
+from grain_ddp._core.narrow import decode, encoded, message_for
+from grain_ddp._core.options import Kind
+from grain_ddp._core.scratch import Scratch
+from grain_ddp._core.state import GrainState, Owner
+from grain_ddp._core.views import Views, length, part, read, write
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, Weights, uniform
+from grain_ddp._math.weighting import DeviceWeights, uniform
 from grain_ddp._wire.torch_wire import TorchWire
-from grain_ddp._wire.wire import Transfer
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
@@ -35,41 +32,10 @@ SLACK = 4096
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
 
-Views = list[Tensor]
-"""Flat views that are read and written as if they were one tensor."""
 
-
-def part(views: Sequence[Tensor], start: int, stop: int) -> Views:
-    """The elements from start to stop of the views, as views."""
-    found, offset = [], 0
-    for view in views:
-        low, high = max(start - offset, 0), min(stop - offset, len(view))
-        if low < high:
-            found.append(view[low:high])
-        offset += len(view)
-    return found
-
-
-def length(views: Sequence[Tensor]) -> int:
-    return sum(map(len, views))
-
-
-def read(views: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The views as one contiguous tensor: a copy if they are several, or of another dtype."""
-    if len(views) == 1:
-        return views[0].to(like.dtype)
-    return torch.cat([view.to(like.dtype) for view in views]) if views else like.new_empty(0)
-
-
-def write(views: Sequence[Tensor], values: Tensor) -> None:
-    """Copy the first values into the views."""
-    offset = 0
-    for view in views:
-        view.copy_(values[offset : offset + len(view)])
-        offset += len(view)
-
-
-def share(owned: Sequence[Sequence[Tensor]]) -> tuple[list[Views], list[tuple[int, int, Tensor]]]:
+def share(
+    owned: Sequence[Sequence[Tensor]],
+) -> tuple[list[list[Tensor]], list[tuple[int, int, Tensor]]]:
     """Who weighs what: for each rank views, and (weigher, owner, view) where these are not one.
 
     ``owned[j]`` belongs to rank j. Depends on lengths only, and so is the same on every rank.
@@ -94,22 +60,13 @@ def share(owned: Sequence[Sequence[Tensor]]) -> tuple[list[Views], list[tuple[in
     return weighed, moved
 
 
-class _Piece:
-    """Some columns: on their way, and then as rows [n, c], in memory of their own or stashed."""
-
-    def __init__(self, slots: list[Views], rows: Tensor) -> None:
-        self.slots, self.rows = slots, rows
-        self.transfer = Transfer()
-        self.stash: Views = []
-
-
 class _Bucket:
-    """What shares one push: its pieces, their Gramian, and what goes to others when weighed."""
+    """What shares one push: its columns, their Gramian, and what goes to others when weighed."""
 
-    def __init__(self, like: Tensor, size: int, moved: list[tuple[int, int, Tensor]]) -> None:
-        self.like, self.moved = like, moved
-        self.pieces: list[_Piece] = []
-        self.gramian = torch.zeros(size, size, dtype=torch.float64, device=like.device)
+    def __init__(self, like: Tensor, gramian: Tensor | None) -> None:
+        self.like, self.gramian = like, gramian
+        self.columns: list[Columns] = []
+        self.moved: list[tuple[int, int, Tensor]] = []  # weigher, owner, view
 
 
 class ShardedAggregation:
@@ -118,49 +75,60 @@ class ShardedAggregation:
     Every rank pushes parts of the same lengths and dtypes in the same order. After that (after
     `finish`, where all pushes of a step share their weights) this rank's own part holds the
     aggregate, multiplied with `scale`; the other parts hold nothing of use: they are memory for
-    what arrives. Beside them, about `scratch` bytes are taken, and `SCRATCH_BYTES` at most: a half
-    for what is under way, a half for rows that wait for their weights.
+    what arrives. Beside them, about `scratch` bytes are taken, and `SCRATCH_BYTES` at most.
     """
+
+    gone = False
 
     def __init__(
         self,
         state: GrainState,
         wire: TorchWire,
+        owner: Owner | None = None,
         *,
         scale: float = 1.0,
         scratch: float = math.inf,
     ) -> None:
+        options = state.options
         for name, only in (("groups", "rank"), ("microbatches", 1)):
-            if getattr(state, name) != only:
+            if getattr(options, name) != only:
                 raise ValueError(
                     f"grain_ddp: {name} must be {only!r} where gradients are sharded, but it is "
-                    f"{getattr(state, name)!r} (this is rank {wire.rank}). DDP and "
+                    f"{getattr(options, name)!r} (this is rank {wire.rank}). DDP and "
                     "reduce_gradients have groups of other sizes."
                 )
-        wire.agree(state.agreed())
-        self.state, self.wire, self.scale = state, wire, scale
-        self._scratch = int(min(scratch, SCRATCH_BYTES))
+        state.bind(owner or self, wire)
+        self.state, self.options, self.wire, self.scale = state, options, wire, scale
+        self._limit = int(min(scratch, SCRATCH_BYTES))
+        self._marks = Marks()
         self.drop()
+
+    def __str__(self) -> str:
+        return "an aggregation of its own"
 
     def drop(self) -> None:
         """Forget what is under way."""
-        self._weights: list[Weights | DeviceWeights] = []
-        self._buckets: list[_Bucket] = []
-        self._kept = 0  # bytes of rows that have memory of their own
+        self._kind: Kind | None = None  # of the step, from its first push on
+        self._found: list[AnyWeights] = []
+        self._buckets: list[_Bucket] = []  # not weighed yet
+        self._scratch = Scratch()
 
     @property
     def pending(self) -> bool:
         """Whether anything was pushed in this step."""
-        return bool(self._weights or self._buckets)
+        return self._kind is not None
 
-    def push(self, owned: Sequence[Sequence[Tensor]]) -> None:
+    def push(self, owned: Sequence[Views]) -> None:
         """Aggregate ``owned[j]``, flat views of this rank's gradient that belong to rank j.
 
         All are of one dtype.
         """
         try:
+            if self._kind is None:
+                self._kind = self.options.kind(self.state.step)
+                self._marks.begin(self.state.step)
             self._receive(owned)
-            if self.state.scope == "bucket" or self.state.averaging:
+            if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
             self.drop()
@@ -171,115 +139,117 @@ class ShardedAggregation:
         try:
             if self._buckets:
                 self._weigh()
-            weights, self._weights = self._weights, []
-            record = record_of(self.state, weights) if weights and self.state.recording else None
+            found, kind, record = self._found, self._kind, None
+            if kind is not None and kind.has_gramian and self.options.records(self.state.step):
+                record = record_of(self.state, found)
+            self._kind, self._found = None, []
         except BaseException:
             self.drop()
             raise
         self.state.advance(record)
         return record
 
-    def _receive(self, owned: Sequence[Sequence[Tensor]]) -> None:
-        """Exchange the parts piece by piece, two at a time, and add up the Gramian of the rows."""
-        like = next(view for views in owned for view in views)
-        weighed, moved = share(owned)
-        bucket = _Bucket(like, self.wire.size, moved)
+    def _receive(self, owned: Sequence[Views]) -> None:
+        """Exchange the parts, two sets of columns at a time, and add up the Gramian of the rows."""
+        assert self._kind is not None
+        n, like = self.wire.size, next(view for views in owned for view in views)
+        zeros = like.new_zeros(n, n, dtype=torch.float64) if self._kind.has_gramian else None
+        bucket = _Bucket(like, zeros)
         self._buckets.append(bucket)
+        weighed, bucket.moved = share(owned)
         lengths = [length(views) for views in weighed]
-        message = max(self._scratch // (4 * self.wire.size), SMALLEST_MESSAGE_BYTES)
+        for size in lengths:
+            self._marks.push(size, like.dtype)
+        message = max(self._limit // (4 * n), SMALLEST_MESSAGE_BYTES)
         if like.device.type == "cpu":
             message = min(message, MESSAGE_BYTES)
         count = -(-max(lengths) * like.itemsize // message)
-        previous = None
         for k in range(count):
-            piece = self._send(
-                [
-                    part(views, total * k // count, total * (k + 1) // count)
-                    for views, total in zip(weighed, lengths, strict=True)
-                ],
-                like,
+            slots = [
+                part(views, total * k // count, total * (k + 1) // count)
+                for views, total in zip(weighed, lengths, strict=True)
+            ]
+            bucket.columns.append(
+                Columns(
+                    self.wire,
+                    slots,
+                    narrow=self.options.narrow(like.dtype),
+                    total=bucket.gramian,
+                    home=_matrix(slots),
+                )
             )
-            bucket.pieces.append(piece)
-            if previous is not None:
-                self._arrive(previous, bucket)
-            previous = piece
-        if previous is not None:
-            self._arrive(previous, bucket)
-        for piece in bucket.pieces:
-            piece.transfer.wait()
-
-    def _send(self, slots: list[Views], like: Tensor) -> _Piece:
-        narrow = narrow_dtype(self.state, like) if self.wire.size > 1 else None
-        width = length(slots[self.wire.rank])
-        rows = like.new_empty(self.wire.size, width, dtype=narrow or like.dtype)
-        send = [read(views, rows) for views in slots]
-        rows[self.wire.rank].copy_(send[self.wire.rank])
-        piece = _Piece(slots, rows)
-        piece.transfer = self.wire.exchange(send, rows.unbind())
-        return piece
-
-    def _arrive(self, piece: _Piece, bucket: _Bucket) -> None:
-        piece.transfer.arrive()
-        rows = piece.rows
-        if not self.state.averaging:
-            bucket.gramian += gramian(rows)
-        self._kept += rows.nbytes
-        if self._kept > self._scratch // 2:
-            # The gradient in these columns has been sent: its memory takes the rows.
-            piece.transfer.wait()
-            self._kept -= rows.nbytes
-            homes = [view for views in piece.slots for view in views]
-            free = part(homes, 0, rows.numel())
-            write(free, rows.view(-1))
-            piece.stash = [*free, rows.view(-1)[length(free) :].clone()]
-            piece.rows = rows.new_empty(0, rows.shape[1])
+            bucket.columns[-1].send(self._scratch, self._limit)
+            if k:
+                bucket.columns[-2].arrive()
+        bucket.columns[-1].arrive()
+        for columns in bucket.columns:
+            columns.transfer.wait()
 
     def _weigh(self) -> None:
-        """The weights of the pushed buckets, and their parts of the aggregate."""
+        """The weights of what waits for them, and this rank's part of the aggregate."""
+        assert self._kind is not None
         n, buckets = self.wire.size, self._buckets
-        if self.state.averaging:
-            weights: Weights | DeviceWeights = uniform(n)
-        else:
-            total = torch.stack([bucket.gramian for bucket in buckets]).sum(0)
-            weights = weights_of_sum(self.state, start_sum(self.wire, total), n)
+        found: AnyWeights = uniform(n)
+        if self._kind.has_gramian:
+            total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
+            found = GramianSum(self.state, self.wire, total, self._marks).weights()
         for bucket in buckets:
-            factors = weights.factors_for(bucket.like) * self.scale
-            for piece in bucket.pieces:
-                self._reduce(piece, weights, factors, bucket.like)
+            factors = found.factors_for(bucket.like) * self.scale
+            for columns in bucket.columns:
+                columns.reduce(factors, found.dropped)
+                columns.give_back()
+                self._clear(columns, found)
             self._forward(bucket)
-        self._weights.append(weights)
-        self._buckets, self._kept = [], 0
+        self._found.append(found)
+        self._buckets = []
 
-    def _reduce(
-        self, piece: _Piece, weights: Weights | DeviceWeights, factors: Tensor, like: Tensor
-    ) -> None:
-        rows = piece.rows
-        if piece.stash:
-            rows = read(piece.stash, rows).view(self.wire.size, rows.shape[1])
-        if weights.dropped:
-            rows[list(weights.dropped)] = 0  # 0 · NaN is NaN
-        unknown = isinstance(weights, DeviceWeights) and self.state.nonfinite == "drop"
-        if weights.dropped or unknown:
-            for view in (view for views in piece.slots for view in views):
-                view.zero_()  # nor may an optimizer find one beside its own part
-        result = like.new_empty(rows.shape[1])
-        weighted_sum(rows, factors, out=result)
-        write(piece.slots[self.wire.rank], result)
+    def _clear(self, columns: Columns, found: AnyWeights) -> None:
+        """Leave no NaN beside this rank's own part, where an optimizer would find it."""
+        unknown = isinstance(found, DeviceWeights) and self.options.nonfinite == "drop"
+        if found.dropped or unknown:
+            for rank, views in enumerate(columns.slots):
+                for view in views if rank != self.wire.rank else ():
+                    view.zero_()
 
     def _forward(self, bucket: _Bucket) -> None:
         """Send what this rank weighed for others to its owners."""
         if not bucket.moved:
             return
-        me, like = self.wire.rank, bucket.like
-        like = like.new_empty(0, dtype=narrow_dtype(self.state, like) or like.dtype)
-        give: list[Views] = [[] for _ in range(self.wire.size)]
-        take: list[Views] = [[] for _ in range(self.wire.size)]
+        me, n, like = self.wire.rank, self.wire.size, bucket.like
+        give: list[list[Tensor]] = [[] for _ in range(n)]
+        take: list[list[Tensor]] = [[] for _ in range(n)]
         for weigher, owner, view in bucket.moved:
             if weigher == me:
                 give[owner].append(view)
             elif owner == me:
                 take[weigher].append(view)
+        narrow = self.options.narrow(like.dtype)
+        send = [read(views, like) for views in give]
         receive = [like.new_empty(length(views)) for views in take]
-        self.wire.exchange([read(views, like) for views in give], receive).wait()
+        if narrow:
+            messages = [message_for(values, narrow) for values in receive]
+            self.wire.exchange([encoded(values, narrow) for values in send], messages).wait()
+            for message, values in zip(messages, receive, strict=True):
+                decode(message, values)
+        else:
+            self.wire.exchange(send, receive).wait()
         for views, values in zip(take, receive, strict=True):
             write(views, values)
+
+
+def _matrix(slots: Sequence[Views]) -> Tensor | None:
+    """The slots as one matrix [n, c], where they lie so: equally long, and equally far apart."""
+    if len(slots) < 2 or any(len(views) != 1 for views in slots):
+        return None
+    views = [one for (one,) in slots]
+    first, step = views[0], views[1].data_ptr() - views[0].data_ptr()
+    whole, odd = divmod(step, first.itemsize)
+    if odd or whole < len(first) or any(len(view) != len(first) for view in views):
+        return None
+    pointers = [first.data_ptr() + step * i for i in range(len(views))]
+    memory = first.untyped_storage().data_ptr()
+    if [view.data_ptr() for view in views] != pointers or any(
+        view.untyped_storage().data_ptr() != memory for view in views
+    ):
+        return None
+    return first.as_strided((len(views), len(first)), (whole, 1))

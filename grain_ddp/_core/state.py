@@ -1,19 +1,26 @@
-"""The options that users type, and what a run remembers from step to step."""
+"""What users hold: the options of a run, and what it remembers from step to step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from grain_ddp._core.options import NAMES, Options
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import RULES, Weighting
+from grain_ddp._math.weighting import Weighting
+from grain_ddp._wire.wire import Wire
 
-_CHOICES = {"scope": ("global", "bucket"), "nonfinite": ("propagate", "drop")}
-_TRANSIENT = ("process_group", "_runtime")
+
+class Owner(Protocol):
+    """An integration at work for one model. Its `str` says which, in words."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether its model is no more."""
 
 
 class GrainState:
@@ -21,6 +28,11 @@ class GrainState:
 
     Pass it to ``model.register_comm_hook(state, grain_hook)`` or to `reduce_gradients`. Use one
     state per model, with the same options on every rank.
+
+    Options can be assigned until the state is first used, and are fixed from then on. To change one
+    later, on every rank and between two steps::
+
+        state.load_state_dict({**state.state_dict(), "cap": 2})
 
     Args:
         process_group: the ranks to aggregate over. None: those of the DDP model that the state is
@@ -31,9 +43,13 @@ class GrainState:
         microbatches: how many backward passes make one step, each pass of each rank a group of its
             own (n·m groups, rank by rank). Run the passes without ``no_sync``: the first m - 1
             leave ``.grad`` at zero, the last leaves the aggregate.
-        weighting: "min_norm", "mean", "inverse_norm" (wᵢ ∝ 1/‖gᵢ‖²), or a callable from a float64
-            CPU Gramian ``[n, n]`` to weights ``[n]``. See `grain_ddp.weighting.weigh`.
+        weighting: "min_norm", "mean", "inverse_norm" (wᵢ ∝ 1/‖gᵢ‖²), "upgrad" (each gradient
+            projected so that it opposes none, then the mean), "krum" (one gradient, the one nearest
+            to the others: for one broken group), or a callable from a float64 CPU Gramian
+            ``[n, n]`` to weights ``[n]``. See `grain_ddp.weighting.weigh`.
         cap: with "min_norm", no group weighs more than cap/n. None: no bound; 1: the mean.
+        normalize: with "min_norm", the hull of unit gradients: its weights over the norms, scaled
+            to sum to one. A `cap` is then a bound on both sides of 1/n.
         wire_dtype: torch.bfloat16 or torch.float16: what travels, for gradients that are wider.
             None: the gradient's own dtype. Sums are accumulated in fp32 or better.
         warmup_steps: plain averaging for that many first steps.
@@ -43,12 +59,19 @@ class GrainState:
             gradients are complete. `grain_ddp.sinks` has some to write files and logs.
 
     Attributes:
+        options: all of the above but process_group.
         step: steps completed so far.
         last: the latest `StepRecord`, or None before the first.
 
     Raises:
-        ValueError: an option is unknown or out of range.
+        ValueError: an option is out of range, or is changed after the state's first use.
+        AttributeError: there is no option of that name.
     """
+
+    options: Options
+    process_group: dist.ProcessGroup | None
+    step: int
+    last: StepRecord | None
 
     def __init__(
         self,
@@ -59,145 +82,113 @@ class GrainState:
         microbatches: int = 1,
         weighting: Weighting = "min_norm",
         cap: float | None = None,
+        normalize: bool = False,
         wire_dtype: torch.dtype | None = None,
         warmup_steps: int = 0,
         nonfinite: str = "propagate",
         record_every: int = 1,
         on_step: Callable[[StepRecord], object] | None = None,
     ) -> None:
-        self.process_group = process_group
-        self.scope = scope
-        self.groups = groups
-        self.microbatches = microbatches
-        self.weighting = weighting
-        self.cap = cap
-        self.wire_dtype = wire_dtype
-        self.warmup_steps = warmup_steps
-        self.nonfinite = nonfinite
-        self.record_every = record_every
-        self.on_step = on_step
-        self.step = 0
-        self.last: StepRecord | None = None
-        self._runtime: Any = None  # what the integration in use keeps from call to call
-        self._validate()
-
-    def _validate(self) -> None:
-        def require(holds: bool, name: str, expected: str) -> None:
-            if not holds:
-                found = getattr(self, name)
-                raise ValueError(f"grain_ddp: {name} must be {expected}, but it is {found!r}.")
-
-        def whole(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        for name, choices in _CHOICES.items():
-            require(getattr(self, name) in choices, name, " or ".join(map(repr, choices)))
-        require(
-            self.groups in ("rank", "node")
-            if isinstance(self.groups, str)
-            else (whole(self.groups) and self.groups >= 1)  # type: ignore[operator]
-            or (
-                isinstance(self.groups, Sequence)
-                and len(self.groups) > 0
-                and all(isinstance(group, Sequence) and len(group) > 0 for group in self.groups)
-                and all(whole(rank) for group in self.groups for rank in group)
-            ),
-            "groups",
-            '"rank", "node", an int >= 1, or a list of lists of ranks',
+        options = Options(
+            scope=scope,
+            groups=groups,
+            microbatches=microbatches,
+            weighting=weighting,
+            cap=cap,
+            normalize=normalize,
+            wire_dtype=wire_dtype,
+            warmup_steps=warmup_steps,
+            nonfinite=nonfinite,
+            record_every=record_every,
+            on_step=on_step,
         )
-        require(whole(self.microbatches) and self.microbatches >= 1, "microbatches", "an int >= 1")
-        if self.microbatches > 1 and self.groups != "rank":
+        self.__setstate__({"options": options, "step": 0, "last": None})
+        vars(self)["process_group"] = process_group
+
+    # Options, as attributes.
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NAMES and "options" in vars(self):
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("step", "last"):
+            vars(self)[name] = value
+            return
+        if name not in (*NAMES, "process_group"):
+            raise AttributeError(
+                f"grain_ddp: GrainState has no option {name!r}. There are: {', '.join(NAMES)}."
+            )
+        if self._owner is not None:
             raise ValueError(
-                'grain_ddp: microbatches needs groups="rank" (each pass of each rank is a group), '
-                f"but groups is {self.groups!r}."
+                f"grain_ddp: {name} cannot be changed any more: this GrainState serves "
+                f"{self._owner}, and the ranks have agreed on its options. To change one on all "
+                "ranks, call on each of them, between two steps: "
+                f'state.load_state_dict({{**state.state_dict(), "{name}": ...}}). '
+                "Another process group needs another GrainState."
             )
-        require(
-            callable(self.weighting)
-            or (isinstance(self.weighting, str) and self.weighting in RULES),
-            "weighting",
-            f"one of {', '.join(map(repr, RULES))}, or a callable from a Gramian to weights",
-        )
-        # It would take the Gramian for gradients, and what it returns has the length of weights.
-        require(
-            all(kind.__name__ != "Aggregator" for kind in type(self.weighting).__mro__),
-            "weighting",
-            "a weighting, which takes a Gramian (UPGradWeighting()), and not a TorchJD aggregator, "
-            "which takes gradients",
-        )
-        require(
-            self.cap is None
-            or (
-                isinstance(self.cap, (int, float))
-                and not isinstance(self.cap, bool)
-                and math.isfinite(self.cap)
-                and self.cap >= 1
-            ),
-            "cap",
-            "None or a number of at least 1 (1 is the mean)",
-        )
-        if self.cap is not None and self.weighting != "min_norm":
-            raise ValueError(
-                f'grain_ddp: cap needs weighting="min_norm", but weighting is {self.weighting!r}.'
-            )
-        require(
-            self.wire_dtype in (None, torch.bfloat16, torch.float16),
-            "wire_dtype",
-            "None, torch.bfloat16 or torch.float16",
-        )
-        require(whole(self.warmup_steps) and self.warmup_steps >= 0, "warmup_steps", "an int >= 0")
-        require(whole(self.record_every) and self.record_every >= 1, "record_every", "an int >= 1")
-        require(
-            self.on_step is None or callable(self.on_step),
-            "on_step",
-            "None or a function that takes a StepRecord",
-        )
+        if name == "process_group":
+            vars(self)[name] = value
+        else:
+            vars(self)["options"] = replace(self.options, **{name: value})
 
-    def agreed(self) -> dict[str, Any]:
-        """What must be equal on every rank, by name: plain values."""
-        values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        for name in ("process_group", "on_step", "last"):
-            del values[name]
-        values["wire_dtype"] = None if self.wire_dtype is None else str(self.wire_dtype)
-        if callable(self.weighting):
-            kind = (
-                self.weighting if hasattr(self.weighting, "__qualname__") else type(self.weighting)
-            )
-            values["weighting"] = f"{kind.__module__}.{kind.__qualname__}"
-        return values
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in NAMES)
+        return f"GrainState({options}; step {self.step})"
+
+    # Its one owner.
 
     @property
-    def recording(self) -> bool:
-        """Whether the current step makes a record."""
-        return self.step >= self.warmup_steps and self.step % self.record_every == 0
+    def owner(self) -> Any:
+        """The integration that this state serves. None before its first use."""
+        return self._owner
 
-    @property
-    def averaging(self) -> bool:
-        """Whether the current step is a plain mean that needs no Gramian."""
-        return self.step < self.warmup_steps or (
-            self.weighting == "mean" and self.nonfinite == "propagate" and not self.recording
+    def bind(self, owner: Owner, wire: Wire) -> None:
+        """Give this state to an owner, over the ranks of the wire. Collective.
+
+        Every integration calls it once, before anything else moves: the ranks compare options and
+        find out which of them share a host. From here on the options are fixed.
+
+        Raises:
+            ValueError: the state serves another owner; or, on every rank, the ranks' options or
+                owners differ.
+        """
+        held = self._owner
+        if held is not None and held is not owner and not held.gone:
+            raise ValueError(
+                f"grain_ddp: this GrainState serves {held}, and cannot serve {owner} too. Make a "
+                "GrainState for each model."
+            )
+        wire.meet(
+            {"the owner of the state": str(owner), **self.options.agreed(), "step": self.step}
         )
+        vars(self)["_owner"] = owner
+
+    # Steps.
 
     def advance(self, record: StepRecord | None) -> None:
         """Complete a step. Called by the aggregation, when the gradients are in place."""
         self.step += 1
         if record is not None:
             self.last = record
-            if self.on_step is not None:
-                self.on_step(record)
+            if self.options.on_step is not None:
+                self.options.on_step(record)
+
+    # Checkpoints.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in _TRANSIENT}
+        return {"options": self.options, "step": self.step, "last": self.last}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        vars(self).update(values, process_group=None, _runtime=None)
+        vars(self).update(values, process_group=None, _owner=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Options and step as plain values, without the process group, callables and records."""
-        values = self.__getstate__()
-        del values["last"], values["on_step"]
-        if callable(self.weighting):
+        values = {name: getattr(self.options, name) for name in NAMES if name != "on_step"}
+        if callable(self.options.weighting):
             del values["weighting"]
-        return values
+        return {**values, "step": self.step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, on every rank. Callables and process group stay.
@@ -205,13 +196,20 @@ class GrainState:
         Raises:
             ValueError: an unknown name, or a value that the constructor would not take.
         """
-        unknown = set(state_dict) - set(self.__getstate__()) - {"weighting"}
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                "grain_ddp: expected what GrainState.state_dict() returns, but found "
+                f"{type(state_dict).__name__}."
+            )
+        known = {*NAMES, "step"} - {"on_step"}
+        unknown = sorted(str(name) for name in state_dict if name not in known)
         if unknown:
-            raise ValueError(f"grain_ddp: not part of a GrainState: {', '.join(sorted(unknown))}.")
-        previous = dict(vars(self))
-        vars(self).update(state_dict, _runtime=None)  # None: the ranks compare their options anew
-        try:
-            self._validate()
-        except ValueError:
-            vars(self).update(previous)
-            raise
+            raise ValueError(f"grain_ddp: not part of a GrainState: {', '.join(unknown)}.")
+        values = dict(state_dict)
+        step = values.pop("step", self.step)
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"grain_ddp: step must be an int >= 0, but it is {step!r}.")
+        options = replace(self.options, **values)
+        if options != self.options:
+            vars(self).update(options=options, _owner=None)  # the ranks compare them anew
+        self.step = step

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grain_ddp._math.status import Status
+
 Array = NDArray[np.float64]
 
 
@@ -28,7 +30,7 @@ class StepRecord:
         weights: [b] what the gradients were multiplied with, ``[n]``; zero for an absent group.
         gap: [b] duality gap wᵀGw − minᵢ (Gw)ᵢ over the active groups, in units of the squared
             gradient norm. 0 at the min-norm point; NaN if the Gramian is not finite.
-        status: [b] what the weighting said, in words.
+        status: [b] how the weights were found, and how well; ``str(status)`` explains it.
         active: [b] indices of the groups that were counted, in order.
         dropped: [b] indices of the groups left out because their gradient was not finite
             (``nonfinite="drop"``). A group that is neither active nor dropped was absent: its
@@ -39,7 +41,7 @@ class StepRecord:
     gramian: Array
     weights: Array
     gap: float | Array
-    status: str | tuple[str, ...]
+    status: Status | tuple[Status, ...]
     active: tuple[int, ...] | tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
 

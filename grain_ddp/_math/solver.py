@@ -9,41 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grain_ddp._math.status import Status
+
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Weights = TypeVar("Weights", Array, torch.Tensor)
 
 EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
-
-
-class Status(str, Enum):
-    """How a solve ended; the text is the explanation."""
-
-    OPTIMAL = "optimal: no other weights give a shorter aggregate"
-    CAPPED = "optimal under the cap: the gap is what the cap costs; a larger cap lowers it"
-    ZERO = (
-        "zero gradient: a convex combination of the gradients vanishes to rounding, so the"
-        " aggregate is zero: a stationary point, or groups too noisy to agree on a direction;"
-        " average more samples per group, or set a cap"
-    )
-    ROUNDED = (
-        "optimal to rounding: the gap is below 1e-12 of the mean squared norm, but the Gramian is"
-        " too inexact for a strict certificate; accumulate it in float64"
-    )
-    STALLED = (
-        "stalled: these weights are the best found, and the gap says how far from optimal they"
-        " are; the Gramian is too inexact (negative eigenvalues), accumulate it in float64"
-    )
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -54,7 +32,7 @@ class Solution(Generic[Weights]):
     ``norm_squared``: wᵀGw, the squared norm of the aggregate, in units of G.
     ``gap``: the certificate wᵀGw − min_i (Gw)_i >= 0 of the problem *without* a cap, in units of
     G: ‖d − d*‖² <= gap for the aggregate d and the min-norm point d*, and ⟨d, g_i⟩ >= ‖d‖² − gap.
-    ``iterations``: matrices factored. ``status``: how the solve ended, in words.
+    ``iterations``: matrices factored. ``status``: how the solve ended.
     """
 
     weights: Weights

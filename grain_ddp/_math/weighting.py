@@ -12,7 +12,9 @@ from torch import Tensor
 
 from grain_ddp._math.gramian import has_kernels
 from grain_ddp._math.record import Array
+from grain_ddp._math.rules import krum, normalized_min_norm, upgrad
 from grain_ddp._math.solver import judge, min_norm
+from grain_ddp._math.status import Status
 
 Indices = NDArray[np.intp]
 Weighting = str | Callable[[Tensor], Tensor]
@@ -25,7 +27,7 @@ class Weights:
 
     gramian: Array
     weights: Array
-    status: str
+    status: Status
     active: tuple[int, ...]
     dropped: tuple[int, ...]
     gap: float
@@ -36,7 +38,7 @@ class Weights:
         Or zeros, where the aggregate d is zero to rounding: else its rounding errors would come
         out, which point anywhere, against some gradient too. The mean stays what it is.
         """
-        if self.status == "mean":
+        if self.status is Status.MEAN:
             return self.weights
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
         gramian, weights = self.gramian, self.weights
@@ -44,8 +46,9 @@ class Weights:
             counted = list(self.active)
             gramian, weights = gramian[np.ix_(counted, counted)], weights[counted]
         with np.errstate(all="ignore"):  # NaN and inf have no order: the weights it is
-            square, largest = weights @ gramian @ weights, np.diagonal(gramian).max(initial=0.0)
-            zero = square <= (4 * eps) ** 2 * largest
+            # Against what is added up: a long gradient of weight 0 is none of it.
+            square, reach = weights @ gramian @ weights, weights @ np.sqrt(np.diagonal(gramian))
+            zero = square <= (4 * eps * reach) ** 2
         return np.zeros_like(self.weights) if zero else self.weights
 
     def factors_for(self, gradient: Tensor) -> Tensor:
@@ -80,11 +83,11 @@ class DeviceWeights:
         gramian = to_host(self._gramian, self._ready).numpy()
         found = to_host(self._found, self._ready).numpy()
 
-        def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+        def rule(inner: Array, active: Indices) -> tuple[Array, Status]:
             weights = found[active]
             if self._rule != "min_norm":
-                return weights, self._rule
-            return weights, str(judge(inner, weights, self._cap, bool(found[-1]))[2])
+                return weights, Status(self._rule)
+            return weights, judge(inner, weights, self._cap, bool(found[-1]))[2]
 
         return _weigh(gramian, self._rule, self._nonfinite, rule)
 
@@ -92,30 +95,43 @@ class DeviceWeights:
 def uniform(n: int) -> Weights:
     """Plain averaging of n groups, whose Gramian nobody asked for."""
     every = tuple(range(n))
-    return Weights(np.full((n, n), np.nan), np.full(n, 1 / n), "mean", every, (), float("nan"))
+    return Weights(np.full((n, n), np.nan), np.full(n, 1 / n), Status.MEAN, every, (), float("nan"))
 
 
-def _mean(gramian: Array, cap: float | None) -> tuple[Array, str]:
-    return np.full(len(gramian), 1 / len(gramian)), "mean"
+def _mean(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return np.full(len(gramian), 1 / len(gramian)), Status.MEAN
 
 
-def _min_norm(gramian: Array, cap: float | None) -> tuple[Array, str]:
+def _min_norm(gramian: Array, cap: float | None) -> tuple[Array, Status]:
     solution = min_norm(gramian, cap=cap)
-    return np.asarray(solution.weights), str(solution.status)
+    return np.asarray(solution.weights), solution.status
 
 
-def _inverse_norm(gramian: Array, cap: float | None) -> tuple[Array, str]:
+def _inverse_norm(gramian: Array, cap: float | None) -> tuple[Array, Status]:
     # Relative to the smallest, so that no square of a norm, however small, overflows.
     squares = np.diagonal(gramian)
     weights = squares.min() / squares
-    return weights / weights.sum(), "inverse_norm"
+    return weights / weights.sum(), Status.INVERSE_NORM
 
 
-RULES: dict[str, Callable[[Array, float | None], tuple[Array, str]]] = {
+def _upgrad(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return upgrad(gramian), Status.UPGRAD
+
+
+def _krum(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return krum(gramian), Status.KRUM
+
+
+RULES: dict[str, Callable[[Array, float | None], tuple[Array, Status]]] = {
     "min_norm": _min_norm,
     "mean": _mean,
     "inverse_norm": _inverse_norm,
+    "upgrad": _upgrad,
+    "krum": _krum,
 }
+
+ON_DEVICE = ("min_norm", "mean", "inverse_norm")
+"""Rules that the GPU can do by itself."""
 
 
 def weigh(
@@ -123,6 +139,7 @@ def weigh(
     weighting: Weighting,
     *,
     cap: float | None = None,
+    normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
 ) -> Weights:
@@ -140,9 +157,12 @@ def weigh(
         ValueError: a callable did not return one finite weight per group.
     """
 
-    def rule(inner: Array, active: Indices) -> tuple[Array, str]:
+    def rule(inner: Array, active: Indices) -> tuple[Array, Status]:
         if callable(weighting):
-            return _call(weighting, inner, seed), "custom"
+            return _call(weighting, inner, seed), Status.CUSTOM
+        if normalize:
+            weights, solution = normalized_min_norm(inner, cap)
+            return weights, solution.status
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule)
@@ -153,6 +173,7 @@ def weigh_tensor(
     weighting: Weighting,
     *,
     cap: float | None = None,
+    normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
 ) -> Weights | DeviceWeights:
@@ -161,13 +182,13 @@ def weigh_tensor(
     On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
     wait. Else the Gramian is copied to the CPU, and the host waits for it.
     """
-    if has_kernels(gramian) and not callable(weighting):
+    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize:
         from grain_ddp._math.kernel_solver import LARGEST
 
         if len(gramian) <= LARGEST:
             return DeviceWeights(gramian, weighting, cap, nonfinite)
     host = to_host(gramian).numpy()
-    return weigh(host, weighting, cap=cap, nonfinite=nonfinite, seed=seed)
+    return weigh(host, weighting, cap=cap, normalize=normalize, nonfinite=nonfinite, seed=seed)
 
 
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:
@@ -191,7 +212,7 @@ def _weigh(
     gramian: Array,
     weighting: Weighting,
     nonfinite: str,
-    rule: Callable[[Array, Indices], tuple[Array, str]],
+    rule: Callable[[Array, Indices], tuple[Array, Status]],
 ) -> Weights:
     """By a rule that sees the Gramian of the groups that count, and which they are."""
     n = len(gramian)
@@ -200,20 +221,14 @@ def _weigh(
     dropped: tuple[int, ...] = ()
     if not finite.all():
         if nonfinite != "drop" or not finite.any():
-            return Weights(
-                gramian,
-                np.full(n, 1 / n),
-                "not finite: a gradient has NaN or inf, which was propagated",
-                tuple(range(n)),
-                (),
-                float("nan"),
-            )
+            every = tuple(range(n))
+            return Weights(gramian, np.full(n, 1 / n), Status.NOT_FINITE, every, (), float("nan"))
         dropped = tuple(np.flatnonzero(~finite).tolist())
     counted = finite if weighting == "mean" else finite & (squares > 0)
     active = np.flatnonzero(counted)
     weights = np.zeros(n)
     if not len(active):
-        return Weights(gramian, weights, "zero: every gradient is zero", (), dropped, 0.0)
+        return Weights(gramian, weights, Status.ABSENT, (), dropped, 0.0)
     inner = gramian if len(active) == n else gramian[np.ix_(active, active)]
     weights[active], status = rule(inner, active)
     products = inner @ weights[active]

@@ -16,18 +16,20 @@ g ranks, G = n/g of them. A host sends to other hosts over one link, the sum of 
   for the weighted sum. The solver's time is measured up to n = 1024, and grows with n³ beyond.
 
 With groups of g ranks: a reduce-scatter inside, the exchange of D/g across, and both ways back. A
-sharded optimizer (ZeRO, FSDP) leaves out the ways back.
+sharded optimizer (ZeRO 1 to 3, FSDP) leaves out the ways back, and gathers parameters by whatever
+rule: at stages 1 and 2 after the step, at stage 3 and in FSDP for each pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._wire import torch_wire, wire
 
 BACKWARD = 2 / 3
@@ -37,6 +39,10 @@ SOLVER = ((2, 1e-4), (8, 1.9e-4), (64, 5e-4), (512, 0.015), (1024, 0.077))
 """Rows, and seconds of one solve: docs/benchmarks/solver.md, full rank and correlated."""
 
 SCOPES = ("global", "bucket")
+
+SHARDED = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
+"""Integrations, and of what each rank keeps its part only: the optimizer's states (1), gradients
+too (2), parameters too (3)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Cluster:
     copy: float  # bytes copied per second
     flops: float  # of the Gramian, where it has many rows
     gpu: bool = True
+    capacity: float | None = None  # bytes of a GPU's memory
     solver: tuple[tuple[int, float], ...] = SOLVER
 
     @classmethod
@@ -73,7 +80,7 @@ class Cluster:
         """From what `dataclasses.asdict` gave, also by way of JSON."""
         found = dict(values)
         for name in ("near", "far", "near_reduce", "far_reduce"):
-            found[name] = found[name] and Link(**found[name])
+            found[name] = None if found[name] is None else Link(**found[name])
         found["solver"] = tuple((int(n), float(seconds)) for n, seconds in found["solver"])
         return cls(**found)
 
@@ -90,9 +97,16 @@ class Cluster:
 
 
 def uniform(
-    per_host: int, nvlink: float, link: float, memory: float, flops: float, gap: float = 2e-6
+    per_host: int,
+    nvlink: float,
+    link: float,
+    memory: float,
+    flops: float,
+    capacity: float,
+    gap: float = 2e-6,
 ) -> Cluster:
-    """GPUs by their data sheets: bytes/s of a GPU inside a host, of a host, and of a GPU's memory.
+    """GPUs by their data sheets: bytes/s of a GPU inside a host, of a host, and of a GPU's memory,
+    and bytes of that.
 
     Between messages inside a host half the gap in seconds; a step of a ring or tree takes 5 gaps.
     A copy reads and writes, so it runs at half of the memory's speed.
@@ -107,23 +121,39 @@ def uniform(
         weighted_sum=memory,
         copy=memory / 2,
         flops=flops,
+        capacity=capacity,
     )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained. Sharded: ZeRO-3 or FSDP, where a rank keeps its part of the gradient."""
+    """What is trained, and by which integration: a key of `SHARDED`."""
 
     parameters: int
     itemsize: int  # bytes of a gradient's number
     buckets: int
     compute: float  # seconds of a step without communication
-    sharded: bool = False
+    kind: str = "ddp"
 
     @property
     def size(self) -> float:
         """Bytes of gradient."""
         return self.parameters * self.itemsize
+
+    @property
+    def sharded(self) -> int:
+        """What a rank keeps its part only of."""
+        return SHARDED[self.kind]
+
+    def states(self, ranks: int) -> float:
+        """Bytes of a rank's parameters, gradients and states of Adam, without activations.
+
+        16 for each parameter in fp32 (4 + 4 + 8) and in mixed precision (2 + 2 + 12), by
+        Rajbhandari et al. 2020 (arXiv 1910.02054, section 3).
+        """
+        whole = (16 - 2 * self.itemsize, self.itemsize, self.itemsize)  # states, gradients, weights
+        parts = (each / ranks if k < self.sharded else each for k, each in enumerate(whole))
+        return self.parameters * sum(parts)
 
 
 @dataclass(frozen=True)
@@ -237,7 +267,8 @@ class _Network:
         return min(max(self.here // stride, 1), p)
 
     def sum(self, numbers: int) -> Traffic:
-        """As `TorchWire.sum`, of numbers in fp64, over all ranks."""
+        """As `TorchWire.sum`, of a Gramian's numbers in fp64 and its marks, over all ranks."""
+        numbers += MARKS
         if self.ranks <= wire._GATHER_LIMIT:
             return self.exchange(self.ranks, 1, 8 * numbers)
         return self.ring(self.ranks, 8 * numbers) * 2
@@ -261,9 +292,13 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
     buckets = job.buckets
     gather = network.ring(ranks, job.size / buckets)  # a bucket's parameters, or gradients
     forward, backward = (1 - BACKWARD) * job.compute, BACKWARD * job.compute
-    if job.sharded:  # parameters are gathered for each pass, by whatever rule
-        forward = _overlapped(forward, buckets, gather.seconds)
-    parameters = gather.seconds if job.sharded else 0.0
+    # Parameters are gathered by whatever rule.
+    parameters = 0.0
+    if job.sharded == 3:
+        parameters = gather.seconds
+        forward = _overlapped(forward, buckets, parameters)
+    elif job.sharded:
+        forward += network.ring(ranks, job.size).seconds
     if choice is None:
         half = gather * (1 if job.sharded else 2)
         time = forward + _overlapped(backward, buckets, half.seconds + parameters)
@@ -294,25 +329,18 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
         each = there.seconds + total.seconds + back.seconds + parameters
         time = _overlapped(backward + first + second + buckets * solve, buckets, each)
     moved = (there + back) * buckets + total * times
-    # Scratch for rows that arrive; a Gramian for each bucket; triangles, as many as are gathered.
+    # Scratch for rows that arrive; a Gramian for each bucket, in global scope stacked to be summed;
+    # triangles, as many as are gathered.
     held = job.size if choice.scope == "global" else bucket
     scratch = min(SCRATCH_BYTES, held if job.sharded else 2 * bucket)
     if job.sharded:
         scratch += 2 * min(bucket, SCRATCH_BYTES)
     gathered = ranks if ranks <= wire._GATHER_LIMIT else 1
-    memory = scratch + 8 * (buckets * rows * rows + times * gathered * numbers)
+    stacked = 2 if choice.scope == "global" else 1
+    memory = scratch + 8 * (stacked * buckets * rows * rows + times * gathered * numbers)
+    if choice.scope == "global" and job.sharded >= 2:
+        memory += job.size * (1 - 1 / ranks)  # gradients that would have been given away
     return Cost(forward + time, moved.sent, moved.out, memory, times * solve)
-
-
-def choices(cluster: Cluster, job: Job, ranks: int) -> Iterator[Choice]:
-    """What can be chosen, the paper's method first: finer groups, then global, then own dtype."""
-    size = 1
-    while size * 2 <= ranks:
-        if ranks % size == 0:
-            for scope in SCOPES:
-                for itemsize in (None, 2) if job.itemsize > 2 else (None,):
-                    yield Choice(scope, size, itemsize)
-        size = cluster.per_host if size == 1 < cluster.per_host else size * 4
 
 
 def overhead(cluster: Cluster, job: Job, ranks: int, choice: Choice) -> float:

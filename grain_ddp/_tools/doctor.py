@@ -23,8 +23,10 @@ from grain_ddp._math.solver import min_norm
 from grain_ddp.ddp import grain_hook
 
 EXTRAS = {  # distribution: what it is for
-    "matplotlib": "pictures of `grain-ddp report`: pip install 'grain-ddp[plot]'",
+    "matplotlib": "pictures of the tools: pip install 'grain-ddp[plot]'",
     "tensorboard": "the TensorBoard sink: pip install 'grain-ddp[tensorboard]'",
+    "mlflow-skinny": "the MLflow sink: pip install 'grain-ddp[mlflow]'",
+    "opentelemetry-api": "the OpenTelemetry sink: pip install 'grain-ddp[opentelemetry]'",
     "mpi4py": "gradients over MPI: pip install 'grain-ddp[mpi]'",
     "wandb": "the Weights & Biases sink: pip install 'grain-ddp[wandb]'",
 }
@@ -85,7 +87,7 @@ def examine(timeout: float) -> bool:
 
 
 def _show(name: str, value: str) -> None:
-    print(f"{name + ':':16}{value}", flush=True)
+    print(f"{name + ':':18}{value}", flush=True)
 
 
 def _version(distribution: str) -> str | None:
@@ -110,9 +112,10 @@ def _two_ranks(backend: str, timeout: float) -> tuple[bool, str]:
     """Train a small model on two processes. Whether it went well, and what to tell the user."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "grain_ddp._tools.doctor", backend, folder, str(timeout)]
-        # Where this copy of the package is, installed or not.
-        source = str(Path(__file__).parents[1])
-        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+        # Where this copy of the package is, installed or not; and what was relative to the current
+        # folder, where a random.py may be, which is not that of Python and not ours to import.
+        given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *map(os.path.abspath, given)])
         ranks = []
         for rank in range(2):
             with open(Path(folder, f"said{rank}"), "wb") as said:
@@ -120,6 +123,7 @@ def _two_ranks(backend: str, timeout: float) -> tuple[bool, str]:
                     subprocess.Popen(
                         [*command, str(rank)],
                         env={**os.environ, "PYTHONPATH": path},
+                        cwd=folder,
                         stdout=said,
                         stderr=said,
                     )
@@ -185,7 +189,7 @@ def _rank(backend: str, folder: str, timeout: float, rank: int) -> None:
         if not error < 1e-5:
             raise AssertionError(f"weighting={weighting!r} is off by {error:.1e}, expected < 1e-5")
     if backend == "gloo":
-        near = state._runtime.aggregation.wire.shares_memory(device)
+        near = state.owner.aggregation.wire.shares_memory(device)
         way = "each reads the other's memory" if near else "over the network"
         Path(folder, "way").write_text(f": {way}")
     dist.barrier()

@@ -1,4 +1,4 @@
-"""The picture of a run's records."""
+"""The panels as one picture, by matplotlib."""
 
 from __future__ import annotations
 
@@ -7,179 +7,100 @@ from typing import Any
 
 import numpy as np
 
-from grain_ddp._math.record import Array
-from grain_ddp._tools.report import Run, grain_weights, norms_of, opposed
+from grain_ddp._tools.history import Run
+from grain_ddp._tools.output import canvas, save
+from grain_ddp._tools.panels import Heat, Lines, Matrices, bounds, panels
 
-MEAN, GRAIN = "tab:gray", "tab:blue"
-STANDS_OUT = ("tab:red", "tab:orange", "tab:purple", "tab:brown")
+_LOOK: dict[str, dict[str, Any]] = {
+    "group": {"color": "tab:gray", "lw": 0.8, "alpha": 0.6},
+    "mark0": {"color": "tab:red", "lw": 1.5},
+    "mark1": {"color": "tab:orange", "lw": 1.5},
+    "mark2": {"color": "tab:purple", "lw": 1.5},
+    "mark3": {"color": "tab:brown", "lw": 1.5},
+    "mean": {"color": "black", "lw": 2, "ls": "--"},
+    "grain": {"color": "tab:blue", "lw": 2},
+    "noise": {"color": "tab:green", "lw": 2},
+    "limit": {"color": "black", "lw": 1.5, "ls": ":"},
+    "zero": {"color": "black", "lw": 0.8},
+}
 
 
-def draw(run: Run, path: str | Path, title: str = "") -> None:
+def draw(run: Run, path: Path, title: str = "") -> None:
     """Draw a run to an image file; the name's ending says of which kind.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: every record has a NaN or inf, or the name's ending is unknown.
+        ValueError: every record has a NaN or inf, the name's ending is unknown, or the file cannot
+            be written.
     """
-    if not run.finite:
+    drawn = panels(run)
+    if not drawn:
         raise ValueError("grain_ddp: nothing to draw: every record has a gradient with NaN or inf.")
-    figure = canvas(path, (18, 8.5))
-    axes = figure.subplots(2, 4)
-    for panel, axis in zip(
-        (_weights, _norms, _early, _late, _conflicts, _to_others, _noise, _gap),
-        axes.flat,
-        strict=True,
-    ):
-        panel(axis, run)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    figure = canvas(path, (13, 17))
+    axes = iter(figure.subplots(4, 2).flat)
+    for panel in drawn.values():
+        if isinstance(panel, Lines):
+            _lines(next(axes), panel)
+        elif isinstance(panel, Heat):
+            _heat(next(axes), panel)
+        else:
+            _matrices(axes, panel)
+    # A file's name may have bytes that are no text; and a "$" in it is one.
+    figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
+    save(figure, path)
 
 
-def canvas(path: str | Path, size: tuple[float, float]) -> Any:
-    """An empty figure of that size in inches, which can be saved under that name.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: the name's ending is unknown.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no display, no global state
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "grain_ddp: the picture needs matplotlib: pip install 'grain-ddp[plot]'."
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        raise ValueError(
-            f"grain_ddp: {path}: expected a picture's name, ending in .png, .svg or .pdf."
+def _lines(axis: Any, panel: Lines) -> None:
+    axis.set_title(panel.title, fontsize="medium")
+    axis.set(xlabel="step", ylabel=panel.unit)
+    if panel.note:
+        axis.text(0.5, 0.5, panel.note, ha="center", transform=axis.transAxes)
+        return
+    if panel.band is not None:
+        axis.fill_between(panel.x, *panel.band, color="tab:gray", alpha=0.3, lw=0)
+    for series in panel.series:
+        label = {"label": series.label} if series.label else {}
+        axis.plot(panel.x, series.y, **_LOOK[series.role], **label)
+    if panel.log:
+        axis.set_yscale("log")
+    axis.set_ylim(*bounds(panel))
+    if any(series.label for series in panel.series):  # under the axis, where it covers no curve
+        axis.legend(
+            fontsize="small",
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            frameon=False,
         )
-    return figure
 
 
-def _weights(axis: Any, run: Run) -> None:
-    weights = grain_weights(run)
-    edges = np.linspace(0, len(weights), min(len(weights), 150) + 1).astype(int)
-    means = np.add.reduceat(weights, edges[:-1]) / np.diff(edges)[:, None]
+def _heat(axis: Any, panel: Heat) -> None:
+    n, (first, last) = len(panel.values), panel.steps
     image = axis.imshow(
-        means.T,
+        panel.values,
         aspect="auto",
         interpolation="nearest",
-        cmap="viridis",
-        vmin=0,
-        extent=(run.steps[0] - 0.5, run.steps[-1] + 0.5, run.n - 0.5, -0.5),
+        cmap="PuOr_r",
+        vmin=-1,
+        vmax=1,
+        extent=(first - 0.5, last + 0.5, n - 0.5, -0.5),
     )
-    axis.figure.colorbar(image, ax=axis, label=f"weight (equal shares: {1 / run.n:.3g})")
-    axis.set(xlabel="step", ylabel="group", title=f"Weights {_did(run, 'gave', 'given')}")
+    bar = axis.figure.colorbar(image, ax=axis, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(panel.keys)
+    axis.set_title(panel.title, fontsize="medium")
+    axis.set(xlabel="step", ylabel="group")
     axis.yaxis.get_major_locator().set_params(integer=True)
 
 
-def _norms(axis: Any, run: Run) -> None:
-    _groups(axis, run, np.where(run.present, run.norms, np.nan), run.outliers[: len(STANDS_OUT)])
-    mean, grain = norms_of(run)
-    axis.plot(run.steps, _smooth(mean), color="black", lw=2, ls="--", label="mean")
-    axis.plot(run.steps, _smooth(grain), color=GRAIN, lw=2, label="GRAIN")
-    if (mean > 0).any():
-        axis.set_yscale("log")
-    axis.legend(fontsize="small")
-    axis.set(xlabel="step", ylabel="norm", title="Length of the gradients and of the step")
-
-
-def _early(axis: Any, run: Run) -> None:
-    _cosine(axis, run, run.thirds()[0], "first")
-
-
-def _late(axis: Any, run: Run) -> None:
-    _cosine(axis, run, run.thirds()[1], "last")
-
-
-def _cosine(axis: Any, run: Run, part: slice, name: str) -> None:
-    cosines = run.cosines[part]
-    count = np.isfinite(cosines).sum(0)
-    mean = np.divide(
-        np.nansum(cosines, 0), count, out=np.full((run.n, run.n), np.nan), where=count > 0
-    )
-    image = axis.imshow(mean, cmap="RdBu", vmin=-1, vmax=1)
-    axis.figure.colorbar(image, ax=axis)
-    if run.n <= 8:
-        for i, j in np.ndindex(mean.shape):
-            color = "white" if abs(mean[i, j]) > 0.6 else "black"
-            axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", color=color)
-    axis.set(xlabel="group", ylabel="group", title=f"Cosine of two groups, {name} third")
-    for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
-
-
-def _conflicts(axis: Any, run: Run) -> None:
-    for name, records, reading, color in (
-        ("mean", run.finite, "conflicts_mean", MEAN),
-        ("GRAIN", run.grain, "conflicts_aggregate", GRAIN),
-    ):
-        axis.plot(
-            run.steps, 100 * _smooth(opposed(records, reading), 10) / run.n, color=color, label=name
-        )
-    axis.legend(fontsize="small")
-    axis.set(xlabel="step", ylabel="%", title="Groups that the step points against")
-    axis.set_ylim(bottom=-0.5, top=max(axis.get_ylim()[1], 5))
-
-
-def _to_others(axis: Any, run: Run) -> None:
-    _groups(axis, run, run.cosine_to_others, run.outliers[: len(STANDS_OUT)])
-    axis.axhline(0, color="black", lw=0.8)
-    axis.legend(fontsize="small")
-    axis.set(xlabel="step", ylabel="cosine", title="Each group against the sum of the others")
-
-
-def _noise(axis: Any, run: Run) -> None:
-    small = _smooth((run.norms**2).mean(1))
-    big = _smooth(run.gramians.mean((1, 2)))
-    axis.set(xlabel="step", ylabel="batches of one group", title="Gradient noise scale")
-    if run.n == 1:
-        axis.text(0.5, 0.5, "needs two groups", ha="center", transform=axis.transAxes)
-        return
-    # As in StepRecord.noise_scale, of the smoothed squares.
-    signal, noise = (run.n * big - small) / (run.n - 1), (small - big) / (1 - 1 / run.n)
-    scale = np.divide(noise, signal, out=np.full_like(noise, np.nan), where=signal > 0)
-    axis.plot(run.steps, scale, color="tab:green", label="noise scale (gaps: too large to tell)")
-    axis.set_xlim(run.steps[0] - 0.5, run.steps[-1] + 0.5)
-    axis.axhline(run.n, color="black", ls=":", label=f"what a step uses: {run.n}")
-    axis.set_yscale("log")
-    axis.legend(fontsize="small")
-
-
-def _gap(axis: Any, run: Run) -> None:
-    gaps = np.where(run.gaps > 0, run.gaps, np.nan)
-    axis.set(xlabel="step", ylabel="gap / mean squared norm", title="Distance from optimal weights")
-    if np.isnan(gaps).all():
-        axis.text(0.5, 0.5, "0 throughout", ha="center", transform=axis.transAxes)
-        return
-    axis.plot(run.steps, gaps, ".", ms=3, color=GRAIN if run.min_norm else MEAN)
-    axis.set_yscale("log")
-    if run.min_norm:
-        axis.set_ylim(top=max(1e-6, axis.get_ylim()[1]))
-
-
-def _did(run: Run, did: str, done: str) -> str:
-    return f"that GRAIN {did}" if run.min_norm else f"that GRAIN would have {done}"
-
-
-def _groups(axis: Any, run: Run, values: Array, marked: list[int]) -> None:
-    """One thin line per group; those marked in colour and with a label."""
-    for i, line in enumerate(_smooth(values).T):
-        if i not in marked:
-            axis.plot(run.steps, line, color="tab:gray", lw=0.8, alpha=0.6)
-    axis.plot([], [], color="tab:gray", lw=0.8, label="a group" if not marked else "another group")
-    for i, color in zip(marked, STANDS_OUT, strict=False):
-        axis.plot(run.steps, _smooth(values[:, i]), color=color, lw=1.5, label=f"group {i}")
-
-
-def _smooth(values: Array, share: int = 30) -> Array:
-    """Centred moving average along the first axis, over 1/share of the records; NaN skipped."""
-    width = len(values) // (2 * share)
-    finite = np.isfinite(values)
-    sums = np.cumsum(np.concatenate([0 * values[:1], np.where(finite, values, 0.0)]), 0)
-    counts = np.cumsum(np.concatenate([0 * finite[:1], finite]), 0, dtype=np.float64)
-    at = np.arange(len(values))
-    low, high = np.maximum(at - width, 0), np.minimum(at + width + 1, len(values))
-    total, count = sums[high] - sums[low], counts[high] - counts[low]
-    mean: Array = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    return mean
+def _matrices(axes: Any, panel: Matrices) -> None:
+    for (name, values), axis in zip(panel.values.items(), axes, strict=False):
+        image = axis.imshow(values, cmap="PuOr", vmin=-1, vmax=1)
+        axis.figure.colorbar(image, ax=axis)
+        if len(values) <= 8:
+            for i, j in np.ndindex(values.shape):
+                color = "white" if abs(values[i, j]) > 0.6 else "black"
+                axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color)
+        axis.set_title(f"{panel.title}, {name}", fontsize="medium")
+        axis.set(xlabel="group", ylabel="group")
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
