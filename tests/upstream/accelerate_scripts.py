@@ -19,10 +19,10 @@ DEADLINE = 240
 SCRIPTS = ["test_sync", "test_script", "test_ddp_comm_hook"]
 
 
-def run(script: list[str]) -> subprocess.CompletedProcess[str]:
+def run(scope: str, script: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + script,
+        [*launcher, str(HOOKED), scope, script],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -35,8 +35,6 @@ def test_hooked_as_plain(name: str) -> None:
     found = find_spec(f"accelerate.test_utils.scripts.{name}")
     assert found is not None
     assert found.origin is not None
-    plain = run([found.origin])
-    assert plain.returncode == 0, plain.stderr
-    for scope in SCOPES:
-        hooked = run([str(HOOKED), scope, found.origin])
-        assert hooked.returncode == 0, f"scope {scope}: {hooked.stderr}"
+    for scope in ["plain", *SCOPES]:
+        result = run(scope, found.origin)
+        assert result.returncode == 0, f"{scope}: {result.stderr}"
