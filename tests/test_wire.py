@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run
+from harness import launch, run
 from ranks import SIZES
 from ways import MPI_RANKS, WAYS, end_mpi, play, values
 
@@ -221,6 +221,21 @@ def test_debugging(way: str) -> None:
         for outcome in play(way, 3, debugged, what):
             assert "grain_ddp: " in str(outcome.error)
             assert words in str(outcome.error), (what, outcome.error)
+
+
+def two_models() -> None:
+    os.environ[module.DEBUG] = "1"
+    wires = [TorchWire(dist.group.WORLD) for _ in range(2)]
+    for wire in wires:
+        wire.meet({})
+    for wire in wires if dist.get_rank() == 0 else reversed(wires):
+        wire.exchange([torch.ones(2)] * 2, [torch.zeros(2) for _ in range(2)], "columns").wait()
+
+
+def test_debugging_of_models_in_another_order() -> None:
+    for outcome in launch(2, two_models):
+        words = "it is rank 0: 'exchange 1 of model 1, columns, torch.float32', rank 1: 'exchange 1"
+        assert f"{words} of model 2, columns" in str(outcome.error)
 
 
 # A rank that is lost
