@@ -6,6 +6,7 @@ Pytest finds this file only by its name.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,24 +17,23 @@ from hooked import SCOPES
 
 HOOKED = Path(__file__).with_name("hooked.py")
 DEADLINE = 240
-SCRIPTS = ["test_sync", "test_script", "test_ddp_comm_hook"]
+SCRIPTS = ["test_sync", "test_script", "test_ddp_comm_hook"]  # the last fails in BF16 on gloo
 
 
-def run(script: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            *script,
-        ],
+def ending(scope: str, script: str) -> str | None:
+    """The error of a rank that failed, or None: it did all that it does."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, str(HOOKED), scope, script],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=DEADLINE,
     )
+    if result.returncode == 0:
+        return None
+    errors = re.findall(r"^\[rank\d\]: (\w+: .*)", result.stderr, re.MULTILINE)
+    return errors[0] if errors else result.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -41,8 +41,7 @@ def test_hooked_as_plain(name: str) -> None:
     found = find_spec(f"accelerate.test_utils.scripts.{name}")
     assert found is not None
     assert found.origin is not None
-    plain = run([found.origin])
-    assert plain.returncode == 0, plain.stderr
+    plain = ending("plain", found.origin)
+    assert plain is None or "BF16 all reduce communication hook required CUDA" in plain
     for scope in SCOPES:
-        hooked = run([str(HOOKED), scope, found.origin])
-        assert hooked.returncode == 0, f"scope {scope}: {hooked.stderr}"
+        assert ending(scope, found.origin) == plain

@@ -24,12 +24,13 @@ PYTORCH = {
         "_test_ddp_profiling(?s:.*)Expected 6 but got 0",
         "It counts the all-reduces of DDP in a profile; the hook's exchange has none.",
     ),
-    "test_ddp_create_graph": Difference(
-        "is a view and is being modified inplace",
-        "A gradient of a gradient is not supported: the result is written into the bucket.",
-    ),
     "test_ddp_grad_div_uneven_inputs": Difference(
-        "test_ddp_grad_div_uneven_inputs(?s:.*)Tensor-likes are not close",
-        "The hook divides by the world size, as divide_by_initial_world_size=True does.",
+        r"ValueError: grain_ddp: join\(divide_by_initial_world_size=False\)",
+        "A hook is not told how many ranks are still there, and refuses to divide by them.",
+    ),
+    "test_ddp_sink_noclone": Difference(
+        r"gather_objects(?s:.*)clone encountered!",
+        "It forbids every clone. The ranks' first comparison of options clones a short message; "
+        "no gradient is cloned.",
     ),
 }

@@ -1,6 +1,7 @@
 """Gives every DDP model that has no hook ours, with the weighting "mean": nothing may change.
 
-Also a command, for scripts that torchrun starts: hooked.py SCOPE SCRIPT [ARGUMENTS].
+Also a command, for scripts that torchrun starts: hooked.py SCOPE SCRIPT [ARGUMENTS]. The scope
+"plain" is DDP without a hook.
 """
 
 from __future__ import annotations
@@ -28,7 +29,20 @@ def hook_every_model(scope: str) -> None:
     DistributedDataParallel.forward = forward  # type: ignore[method-assign]
 
 
+def ignore_device_ids() -> None:
+    """Tests name a GPU for each model even where all is on the CPU, which DDP refuses."""
+    plain = DistributedDataParallel.__init__
+
+    def init(self: Any, module: Any, device_ids: Any = None, *rest: Any, **options: Any) -> None:
+        options.pop("output_device", None)
+        plain(self, module, None, *rest, **options)
+
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    hook_every_model(sys.argv[1])
+    ignore_device_ids()
+    if sys.argv[1] in SCOPES:
+        hook_every_model(sys.argv[1])
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
