@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import min_norm_point
 from ranks import flat, local_gradients, loss, network, relative_error, same_everywhere
+from test_gramian import of_all_scales, relative_to_norms
 from test_solver import KINDS, gradients, own_gap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +79,14 @@ def test_squares_outside_of_fp32(scale: float, n: int) -> None:
     assert (error <= 1e-6 * norms[:, None] * norms).all()
 
 
+@pytest.mark.parametrize("n", [3, 11, 12])
+def test_rows_of_all_scales_in_one_matrix(n: int) -> None:
+    rows = of_all_scales(n, 5000)
+    if DEVICE == "cuda":  # which may take denormals for zero
+        rows[rows.abs() < torch.finfo(torch.float32).tiny] = 0
+    assert relative_to_norms(kernels.gramian(rows.to(DEVICE)).cpu(), rows) < 1e-6
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_non_finite_row_leaves_the_others_alone(bad: float) -> None:
     rows = torch.randn(3, 5000)
@@ -109,6 +118,25 @@ def test_rows_of_weight_zero_are_not_read() -> None:
     out = torch.empty(100, device=DEVICE)
     kernels.weighted_sum(rows, weights, out)
     assert (out == 0.75).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_weighted_sum(dtype: torch.dtype) -> None:
+    rows = torch.randn(3, 3000).to(dtype)
+    rows[2] = -rows[0] + 1e-3 * rows[1]
+    weights = torch.tensor([0.5, 1e-4, 0.5], dtype=torch.float64)
+    out = torch.empty(3000, dtype=dtype, device=DEVICE)
+    kernels.weighted_sum(rows.to(DEVICE), weights.to(DEVICE), out, exact=True)
+    exact = (weights @ rows.double()).to(dtype)
+    torch.testing.assert_close(out.cpu(), exact, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_weight_that_leaves_fp32_takes_part() -> None:
+    rows = torch.tensor([[1e30, 3e30], [1e-30, 1e-30]], device=DEVICE)
+    weights = torch.tensor([-1e-60, 1.0], dtype=torch.float64, device=DEVICE)
+    out = torch.empty(2, device=DEVICE)
+    kernels.weighted_sum(rows, weights, out)
+    torch.testing.assert_close(out.cpu(), torch.tensor([0, -2e-30]), rtol=1e-6, atol=1e-37)
 
 
 # The weights.
@@ -193,6 +221,9 @@ def test_equal_rows_share_their_weight() -> None:
         [[NAN, 0], [INF, 0]],
         [[1, 0], [-1, 1e-7]],
         [[1, 0], [-1, 1e-3]],
+        [[1, 0], [-1, 1e-9]],
+        [[1, 0], [0, 1], [2e6, 1]],
+        [[1e-30, 0], [0, 1e30], [-1, 1]],
     ],
     ids=str,
 )
@@ -223,9 +254,9 @@ double = dict.fromkeys(["gramian", "limit", "result"], "*fp64")
 sources = [
     ASTSource(kernel_solver._weigh, {**double, "n": "i32"},
               constexprs=dict(RULE="min_norm", DROP=True, N=16)),
-    ASTSource(kernels._weighted_sum, {"rows": "*bf16", "stride": "i32", "weights": "*fp64",
-              "out": "*bf16", "columns": "i32", "n": "i32"},
-              constexprs=dict(BLOCK=1024, WIDE=False)),
+    *(ASTSource(kernels._weighted_sum, {"rows": "*bf16", "stride": "i32", "weights": "*fp64",
+                "out": "*bf16", "columns": "i32", "n": "i32"},
+                constexprs=dict(BLOCK=1024, WIDE=wide)) for wide in (False, True)),
 ]
 for dtype, constants in (("fp32", tile), ("bf16", small)):
     sources.append(ASTSource(kernels._gramian, {"rows": "*" + dtype, **i32, "shares": "*fp64"},
@@ -247,7 +278,7 @@ def test_they_compile_without_a_gpu() -> None:
     )
     assert found.returncode == 0, found.stderr
     assert all(int(size) > 1000 for size in found.stdout.split())
-    assert len(found.stdout.split()) == 4
+    assert len(found.stdout.split()) == 5
 
 
 # The path of a GPU, taken by tensors of a CPU.

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grain_ddp._math.record import StepRecord, named
 
@@ -86,6 +88,33 @@ def test_a_zero_gradient_has_no_direction() -> None:
     found = record_of(rows, np.full(3, 1 / 3)).cosine_to_others
     np.testing.assert_allclose(found, [np.sqrt(0.5), 0, np.sqrt(0.5)])
     np.testing.assert_array_equal(record_of(rows[:1], np.ones(1)).cosine_to_others, [0])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(st.integers(2, 6), st.integers(0, 10**6), st.data())
+def test_readings_at_any_scale(n: int, seed: int, data: st.DataObject) -> None:
+    """One row may be 1e30 times another, and all may have a factor in common."""
+    rows = np.random.default_rng(seed).normal(size=(n, 2 * n))
+    exponents = st.floats(-30, 30)
+    scales = 10 ** np.array(data.draw(st.lists(exponents, min_size=n, max_size=n)))
+    rows *= scales[:, None] * 10 ** data.draw(exponents)
+    weights = np.random.default_rng(seed).dirichlet(np.ones(n))
+    record = record_of(rows, weights)
+    norms, whole = np.linalg.norm(rows, axis=1), weights @ rows
+    np.testing.assert_allclose(record.norms, norms)
+    assert record.norm_aggregate == pytest.approx(np.linalg.norm(whole), rel=1e-6, abs=0)
+    assert record.norm_mean == pytest.approx(np.linalg.norm(rows.mean(0)), rel=1e-6, abs=0)
+    np.testing.assert_allclose(record.cosine, rows @ rows.T / norms / norms[:, None], atol=1e-12)
+    for i, row in enumerate(rows):
+        others = np.delete(rows, i, 0).sum(0)
+        expected = row / norms[i] @ (others / np.linalg.norm(others))
+        assert record.cosine_to_others[i] == pytest.approx(expected, abs=1e-6)
+    for found, direction in (
+        (record.conflicts_mean, rows.mean(0)),
+        (record.conflicts_aggregate, whole),
+    ):
+        cosines = rows @ direction / norms / np.linalg.norm(direction)
+        assert (cosines < -1e-5).sum() <= found <= (cosines < 0).sum()
 
 
 def test_groups_named_in_any_bucket() -> None:

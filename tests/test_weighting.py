@@ -6,10 +6,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import min_norm_weights
 
+from grain_ddp._math.gramian import gramian, weighted_sum
 from grain_ddp._math.rules import krum, normalized_min_norm, upgrad
 from grain_ddp._math.status import Status
-from grain_ddp._math.weighting import weigh
+from grain_ddp._math.weighting import SHORT, Weights, weigh
 
 NAN, INF = float("nan"), float("inf")
 
@@ -86,6 +90,85 @@ def test_an_aggregate_that_is_zero_to_rounding_comes_out_as_zero() -> None:
     assert weigh(gramian_of([1, 0], [-1, 1e-3]), "min_norm").factors(torch.float32).any()
     mean = weigh(gramian_of([1, 0], [-1, 1e-7]), "mean")
     np.testing.assert_array_equal(mean.factors(torch.float32), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("factor", [5e-7, 2e6, 1e-30, 1e30])
+@pytest.mark.parametrize("common", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("rule", ["min_norm", "inverse_norm"])
+def test_a_gradient_of_another_size_makes_no_aggregate_zero(
+    factor: float, common: float, rule: str
+) -> None:
+    rows = common * np.array([[1.0, 0, 0.5], [0, 1, 0.5], [-0.2, 0, 1]])
+    rows[2] *= factor
+    found = weigh(rows @ rows.T, rule)
+    for dtype in (torch.float32, torch.float64):
+        np.testing.assert_array_equal(found.factors(dtype), found.weights)
+    aggregate, norms = found.weights @ rows, np.linalg.norm(rows, axis=1)
+    assert np.linalg.norm(aggregate) == pytest.approx(norms.min(), rel=0.6)
+    if rule == "min_norm":
+        length = np.linalg.norm(aggregate)
+        assert (rows @ aggregate >= length * (length - 1e-14 * norms)).all()
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(st.integers(1, 6), st.integers(0, 10**6), st.data())
+def test_no_scale_of_a_row_matters_but_for_rounding(n: int, seed: int, data: st.DataObject) -> None:
+    """Each row may have its own, and all one in common: no conflict, and no zero, comes of it."""
+    rows = np.random.default_rng(seed).normal(size=(n, 2 * n))
+    exponents = st.floats(-30, 30)
+    scales = 10 ** np.array(data.draw(st.lists(exponents, min_size=n, max_size=n)))
+    common = 10 ** data.draw(exponents)
+    rows *= scales[:, None]
+    found, moved = (weigh(A @ A.T, "min_norm") for A in (rows, common * rows))
+    for w, A in ((found, rows), (moved, common * rows)):
+        assert w.factors(torch.float32) is w.weights
+        assert w.active == tuple(range(n))
+        aggregate, norms = w.weights @ A, np.linalg.norm(A, axis=1)
+        length = np.linalg.norm(aggregate)
+        assert (A @ aggregate >= length**2 - 1e-13 * norms * (w.weights @ norms)).all()
+    one, other = common * (found.weights @ rows), moved.weights @ (common * rows)
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.linalg.norm(one))
+
+
+def planted(n: int, columns: int, ratio: float, dtype: torch.dtype) -> torch.Tensor:
+    """Rows whose min-norm point is `ratio` times as long as they are, about."""
+    rows = torch.randn(n, columns, dtype=torch.float64)
+    weights = torch.rand(n, dtype=torch.float64) + 0.2
+    rows -= weights @ rows / weights.sum()
+    point = torch.randn(columns, dtype=torch.float64)
+    basis = torch.linalg.qr(rows.T)[0]
+    point -= basis @ (basis.T @ point)
+    return (rows + ratio * rows.norm(dim=1).mean() * point / point.norm()).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ratio", [0.3, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_what_cancels_is_made_anew_in_float64(n: int, ratio: float, dtype: torch.dtype) -> None:
+    rows = planted(n, 5000, ratio, dtype)
+    wide = rows.double()
+    weights = torch.from_numpy(min_norm_weights(wide))
+    aggregate = weights @ wide
+
+    def found(exact: bool) -> tuple[Weights, torch.Tensor]:
+        weights = weigh(gramian(rows, exact=exact).numpy(), "min_norm")
+        factors = weights.factors_for(rows, exact=exact)
+        out = torch.empty(5000, dtype=dtype)
+        weighted_sum(rows, factors, out, exact=exact)
+        return weights, out.double()
+
+    weights, result = found(exact=False)
+    assert weights.cancels(dtype) == (aggregate.norm() < SHORT / 2 * wide.norm(dim=1).mean())
+    if weights.cancels(dtype):
+        _, result = found(exact=True)
+    # What is left is the rounding of the result: half a unit in its last place.
+    unit = torch.finfo(dtype).eps / 2
+    length = aggregate.norm()
+    assert (result - aggregate).norm() <= max(unit, 1e-6) * length
+    slack = max(unit, 1e-6) * length * wide.norm(dim=1)
+    assert (wide @ result >= length**2 - slack).all()
+    assert not weights.cancels(torch.float64)
+    assert not weigh(gramian(rows).numpy(), "mean").cancels(dtype)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

@@ -12,7 +12,7 @@ carries 1/k of the gradient; at the end the slices are gathered inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from grain_ddp._core.passes import Parts, Passes
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import uniform
+from grain_ddp._math.weighting import Weights, uniform
 from grain_ddp._wire.wire import Transfer, Wire, cut
 
 MESSAGE_BYTES = 4 << 20
@@ -297,18 +297,24 @@ class Aggregation:
         bucket.weights = self._weights(bucket)
         if self.size == 1:
             return
-        factors = bucket.weights.factors_for(bucket.buffer)
+        summed = bucket.sum or self._sum
+        exact = summed is not None and summed.exact and isinstance(bucket.weights, Weights)
+        factors = (
+            bucket.weights.factors_for(bucket.buffer, exact=exact)
+            if isinstance(bucket.weights, Weights)
+            else bucket.weights.factors_for(bucket.buffer)
+        )
         for columns in bucket.columns:
-            columns.reduce(factors, bucket.weights.dropped)
+            columns.reduce(factors, bucket.weights.dropped, exact=exact)
             self._gathering.append(columns.gather(self._scratch, self._limit(columns)))
 
     def _weights(self, bucket: _Bucket) -> AnyWeights:
         if self._kind.averages:
             return uniform(self.size)
-        if bucket.sum is not None:
-            return bucket.sum.weights()
-        assert self._sum is not None
-        return self._sum.weights()
+        summed = bucket.sum or self._sum
+        assert summed is not None
+        buckets = [bucket] if bucket.sum is not None else self._buckets
+        return summed.weights_for(bucket.buffer.dtype, lambda: _exact(buckets))
 
     # What the stages use.
 
@@ -361,6 +367,12 @@ class Aggregation:
         except BaseException:
             self.drop()
             raise
+
+
+def _exact(buckets: Sequence[_Bucket]) -> Tensor:
+    """The Gramian of buckets whose rows are there, of products in float64."""
+    every = [columns.gramian(exact=True) for bucket in buckets for columns in bucket.columns]
+    return torch.stack(every).sum(0)
 
 
 def _scratch_inside_bytes() -> int:

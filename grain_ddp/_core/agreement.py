@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NoReturn
 
@@ -111,12 +111,23 @@ class GramianSum:
             triangle = torch.cat([triangle, self._numbers])
         self.transfer, self._triangles = wire.sum(triangle)
         self._found: AnyWeights | None = None
+        self.exact = False  # whether the weights are those of an exact Gramian
 
     def weights(self) -> AnyWeights:
         """The weights, the same on every rank. ValueError on every rank if the ranks differ."""
         if self._found is None:
             self._found = self._find()
         return self._found
+
+    def weights_for(self, dtype: torch.dtype, exact: Callable[[], Tensor]) -> AnyWeights:
+        """`weights`; from an `exact` Gramian, made now, where gradients of that dtype cancel so far
+        that rounding would show. All ranks see alike that they do."""
+        found = self.weights()
+        if not self.exact and isinstance(found, Weights) and found.cancels(dtype):
+            self._found = GramianSum(self._state, self._wire, exact(), self._marks).weights()
+            self.exact = True
+            found = self._found
+        return found
 
     def _find(self) -> AnyWeights:
         self.transfer.wait()

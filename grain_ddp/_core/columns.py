@@ -113,21 +113,21 @@ class Columns:
         if self.total is not None:
             self.total += self.gramian()
 
-    def gramian(self) -> Tensor:
-        """The Gramian [r, r] of these columns, float64."""
+    def gramian(self, *, exact: bool = False) -> Tensor:
+        """The Gramian [r, r] of these columns, float64; `exact`: of products in float64 too."""
         me = self.wire.rank
         total: Tensor | None = None
         for rows, own in self._matrices():
-            apart = self._apart
-            some = gramian([*rows[:me].unbind(), own, *rows[me + 1 :].unbind()] if apart else rows)
+            apart = [*rows[:me].unbind(), own, *rows[me + 1 :].unbind()] if self._apart else rows
+            some = gramian(apart, exact=exact)
             total = some if total is None else total.add_(some)
         assert total is not None
         return total if self._scales is None else total * self._scales.outer(self._scales)
 
-    def reduce(self, factors: Tensor, dropped: Sequence[int] = ()) -> None:
+    def reduce(self, factors: Tensor, dropped: Sequence[int] = (), *, exact: bool = False) -> None:
         """Put the sum of all rows times their factors [r] where this rank's columns are.
 
-        Of `dropped` rows nothing is added, whatever they hold.
+        Of `dropped` rows nothing is added, whatever they hold. `exact`: summed in float64.
         """
         if self._scales is not None:
             factors = factors * self._scales
@@ -136,11 +136,11 @@ class Columns:
                 view.mul_(factors[0])
         elif len(self.own) == 1:
             for rows, own in self._matrices():
-                self._sum(rows, factors, dropped, own)
+                self._sum(rows, factors, dropped, own, exact)
         elif self.own:
             rows, _ = next(self._matrices())
             result = self.own[0].new_empty(rows.shape[1])
-            self._sum(rows, factors, dropped, result)
+            self._sum(rows, factors, dropped, result, exact)
             write(self.own, result)
         self.reduced = True
         self._rows, self._stash, self._scales = (), (), None
@@ -239,7 +239,10 @@ class Columns:
             yield rows, self.own[0][start:stop] if self.own else rows[0]
             start = stop
 
-    def _sum(self, rows: Tensor, factors: Tensor, dropped: Sequence[int], out: Tensor) -> None:
+    def _sum(
+        self, rows: Tensor, factors: Tensor, dropped: Sequence[int], out: Tensor, exact: bool
+    ) -> None:
         for i in dropped:
             rows[i].zero_()  # 0 · NaN is NaN
-        weighted_sum(rows, factors, out, own=self.wire.rank if self._in_place else None)
+        own = self.wire.rank if self._in_place else None
+        weighted_sum(rows, factors, out, own=own, exact=exact)

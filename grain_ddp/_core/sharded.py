@@ -23,7 +23,7 @@ from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.views import Views, length, part, read, write
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, uniform
+from grain_ddp._math.weighting import DeviceWeights, Weights, uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -188,20 +188,31 @@ class ShardedAggregation:
     def _weigh(self) -> None:
         """The weights of what waits for them, and this rank's part of the aggregate."""
         assert self._kind is not None
-        n, buckets = self.wire.size, self._buckets
+        n, buckets, exact = self.wire.size, self._buckets, False
         found: AnyWeights = uniform(n)
         if self._kind.has_gramian:
             total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
-            found = GramianSum(self.state, self.wire, total, self._marks).weights()
+            summed = GramianSum(self.state, self.wire, total, self._marks)
+            found = summed.weights_for(buckets[0].like.dtype, lambda: self._exact(buckets))
+            exact = summed.exact
         for bucket in buckets:
-            factors = found.factors_for(bucket.like) * self.scale
+            factors = (
+                found.factors_for(bucket.like, exact=exact)
+                if isinstance(found, Weights)
+                else found.factors_for(bucket.like)
+            )
             for columns in bucket.columns:
-                columns.reduce(factors, found.dropped)
+                columns.reduce(factors * self.scale, found.dropped, exact=exact)
                 columns.give_back()
                 self._clear(columns, found)
             self._forward(bucket)
         self._found.append(found)
         self._buckets = []
+
+    @staticmethod
+    def _exact(buckets: Sequence[_Bucket]) -> Tensor:
+        every = [columns.gramian(exact=True) for bucket in buckets for columns in bucket.columns]
+        return torch.stack(every).sum(0)
 
     def _clear(self, columns: Columns, found: AnyWeights) -> None:
         """Leave no NaN beside this rank's own part, where an optimizer would find it."""

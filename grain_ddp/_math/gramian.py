@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,32 +36,32 @@ def _has_triton() -> bool:
     return (int(major), int(minor)) >= (3, 7)  # the oldest that the kernels were tested with
 
 
-def gramian(rows: Tensor | Sequence[Tensor]) -> Tensor:
+def gramian(rows: Tensor | Sequence[Tensor], *, exact: bool = False) -> Tensor:
     """``rows @ rows.T`` in float64 ``[n, n]`` of rows ``[n, c]`` of any floating dtype.
 
     Products of fp32 and narrower rows are summed in fp32 over short blocks and in fp64 over the
-    blocks: as fast as one fp32 matrix product, and good to 1e-7. Short rows are done in fp64; so
-    are rows whose squares leave the range of fp32, on a CPU or by a kernel.
+    blocks: as fast as one fp32 matrix product, and good to 1e-7 of the norms. Short rows are done
+    in fp64; so are all with `exact`, and on a CPU rows whose squares leave the range of fp32.
+    Elsewhere such rows are scaled.
 
     Rows that do not lie in one matrix are brought together, unless there are `few` of them.
     """
     n, columns, dtype = len(rows), rows[0].shape[0], rows[0].dtype
-    if has_kernels(rows[0]) and dtype != torch.float64:
+    if exact or dtype == torch.float64:
+        return _in_float64(rows)
+    if has_kernels(rows[0]):
         from grain_ddp._math import kernels
 
         if n <= kernels.LARGEST:
             return kernels.gramian(_matrix(rows))
     size = BLOCK // 8 if n <= 4 and columns >= BLOCK else BLOCK  # what is faster
-    if columns >= size and dtype != torch.float64:
-        together = not few(rows[0], n)
-        squares = _by_blocks(_matrix(rows), size) if together else _by_pairs(rows, size)
-        if squares.device.type != "cpu":
-            return squares
-        diagonal = squares.diagonal().tolist()
-        if all(_SMALLEST <= square <= _LARGEST for square in diagonal):
-            return squares
-    wide = _matrix(rows).double()
-    return wide @ wide.T
+    if columns < size:
+        return _in_float64(rows)
+    if rows[0].device.type != "cpu":  # to look at the squares, the host would have to wait
+        return _by_scaled_blocks(_matrix(rows), size)
+    squares = _by_pairs(rows, size) if few(rows[0], n) else _by_blocks(_matrix(rows), size)
+    inside = all(_SMALLEST <= square <= _LARGEST for square in squares.diagonal().tolist())
+    return squares if inside else _in_float64(rows)
 
 
 def _matrix(rows: Tensor | Sequence[Tensor]) -> Tensor:
@@ -98,17 +99,52 @@ def _by_blocks(rows: Tensor, size: int) -> Tensor:
     return squares.addmm_(rest, rest.T)
 
 
-def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = None) -> None:
-    """``out[c] = weights @ rows`` for rows ``[n, c]``.
+def _by_scaled_blocks(rows: Tensor, size: int) -> Tensor:
+    """The same, of a copy of the rows that has powers of two taken out, so that squares fit."""
+    wide = rows.float()
+    largest = torch.linalg.vector_norm(wide, torch.inf, dim=1)
+    exponents = torch.frexp(largest).exponent.clamp(-126, 126)
+    squares = _by_blocks(torch.ldexp(wide, -exponents[:, None]), size)
+    return torch.ldexp(squares, exponents[:, None] + exponents)
+
+
+def _some(columns: int, n: int) -> Iterator[slice]:
+    """The columns in parts, of which an fp64 copy of n rows takes 4 MiB or little more."""
+    width = max((1 << 19) // n, 512)
+    return (slice(start, start + width) for start in range(0, columns, width))
+
+
+def _in_float64(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """The Gramian with all products and sums in fp64."""
+    n, columns = len(rows), rows[0].shape[0]
+    total = torch.zeros(n, n, dtype=torch.float64, device=rows[0].device)
+    for part in _some(columns, n):
+        some = rows[:, part] if isinstance(rows, Tensor) else torch.stack([r[part] for r in rows])
+        wide = some.double()
+        total.addmm_(wide, wide.T)
+    return total
+
+
+def weighted_sum(
+    rows: Tensor, weights: Tensor, out: Tensor, own: int | None = None, *, exact: bool = False
+) -> None:
+    """``out[c] = weights @ rows`` for rows ``[n, c]`` and float64 weights ``[n]``.
 
     `own` is the number of the row that `out` holds: it is updated in place. Without it, `out` must
-    not overlap the rows. Accumulated in fp32 or better and rounded to the dtype of out. Kernels do
-    not read rows of weight zero; elsewhere 0 · NaN is NaN.
+    not overlap the rows. Accumulated in fp32 or better, with `exact` in fp64, and rounded to the
+    dtype of out. Kernels do not read rows of weight zero; elsewhere 0 · NaN is NaN.
     """
     if has_kernels(rows):
         from grain_ddp._math import kernels
 
-        kernels.weighted_sum(rows, weights, out)
+        kernels.weighted_sum(rows, weights, out, exact)
+        return
+    if rows.dtype != torch.float64 and (exact or _vanish(weights)):
+        for part in _some(len(out), len(rows)):
+            some = rows[:, part].double()
+            if own is not None:
+                some[own] = out[part]
+            out[part].copy_(torch.mv(some.T, weights))
         return
     wide = rows if rows.dtype == torch.float64 else rows.float()
     weights = weights.to(wide.dtype)
@@ -125,15 +161,36 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, own: int | None = N
                 scale = 1.0
 
 
+def _vanish(weights: Tensor) -> bool:
+    """Whether a weight leaves fp32, as that of a gradient 1e30 times the others' does."""
+    sizes = weights.abs()
+    small = (sizes > 0) & (sizes < torch.finfo(torch.float32).tiny)
+    return weights.device.type == "cpu" and bool(small.any())
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """fp32 products in fp32, also where the user lets matrix products run in TF32 or bf16."""
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest":
-        yield
+    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
         return
-    torch.set_float32_matmul_precision("highest")
+    # Each backend's own setting is what counts, whichever interface the user set it by; to ask by
+    # the other one is an error.
+    changed: list[tuple[Any, str]] = []
+    backends: Any = torch.backends
+    for matmul in (backends.cuda.matmul, backends.mkldnn.matmul):
+        if matmul.fp32_precision not in ("ieee", "none"):
+            changed.append((matmul, matmul.fp32_precision))
+            matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for matmul, precision in changed:
+            matmul.fp32_precision = "none"
+            if matmul.fp32_precision != precision:  # it does not come from a setting for all
+                matmul.fp32_precision = precision

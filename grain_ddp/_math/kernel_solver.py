@@ -81,10 +81,10 @@ def _weigh(gramian, limit, result, n, RULE: tl.constexpr, DROP: tl.constexpr, N:
     tl.store(result + k, w, mask=there)
     # See Weights.factors: where the aggregate is zero to rounding, it is zero.
     square = tl.sum(w * tl.sum(w[:, None] * G, 0))
-    reach = tl.sum(w * tl.sqrt(tl.where(counted, squares, 0.0)))
+    terms = tl.sum(w * tl.sqrt(tl.where(counted, squares, 0.0)))
     for wide in tl.static_range(2):
-        rounding = 16 * (_EPS * _EPS if wide else 2.0**-46)
-        zero = (square <= rounding * reach * reach) & (propagate == 0)
+        rounding = 4 * _EPS * m if wide else 2.0**-42
+        zero = (square <= rounding * terms * terms) & (propagate == 0)
         factors = w if RULE == "mean" else tl.where(zero, 0.0, w)
         tl.store(result + (1 + wide) * n + k, factors, mask=there)
     tl.store(result + 3 * n, exact)

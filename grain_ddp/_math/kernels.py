@@ -15,6 +15,7 @@ LARGEST = 64
 _SHORT = 4096  # columns whose products are summed in fp32 before fp64 takes over, or a quarter
 # Squares outside of this range have left fp32, or are about to.
 _SMALLEST, _LARGEST = tl.constexpr(1e-30), tl.constexpr(1e37)
+_TINY = tl.constexpr(2.0**-126)
 
 
 def gramian(rows: Tensor) -> Tensor:
@@ -54,16 +55,17 @@ def gramian(rows: Tensor) -> Tensor:
     return shares.sum(0)
 
 
-def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, exact: bool = False) -> None:
     """``out[c] = weights @ rows`` for rows ``[n, c]``, summed in fp32 or better and rounded once.
 
-    Rows of weight zero are not read: they may hold NaN. `out` may be one of the rows.
+    With `exact` summed in fp64. Rows of weight zero are not read: they may hold NaN. `out` may be
+    one of the rows.
     """
     n, columns = rows.shape
     if columns:
         with torch.cuda.device_of(rows):
             launch: Any = _weighted_sum[(triton.cdiv(columns, 1024),)]
-            wide = rows.dtype == torch.float64
+            wide = exact or rows.dtype == torch.float64
             launch(rows, rows.stride(0), weights, out, columns, n, BLOCK=1024, WIDE=wide)
 
 
@@ -146,10 +148,11 @@ def _scaled_products(rows, stride, n, start, stop, k, N, BLOCK, DOT, PRECISION, 
         found = _tile(rows, stride, n, at, stop, k, BLOCK, WIDEN)
         tile = found.to(tl.float32)
         bits = tl.max(tl.abs(tile), 1).to(tl.int32, bitcast=True) & 0x7F800000
-        # 2⁻¹²⁶ where it is zero or less; 1, where it is not finite.
-        bits = tl.where(bits == 0x7F800000, 0x3F800000, tl.maximum(bits, 0x00800000))
+        # From 2⁻¹²⁶ (also of zero) to 2¹²⁶, whose inverses are normal; 1 where it is not finite.
+        bits = tl.where(bits == 0x7F800000, 0x3F800000, bits)
+        bits = tl.minimum(tl.maximum(bits, 0x00800000), 0x7E800000)
         scale = bits.to(tl.float32, bitcast=True)
-        tile /= scale[:, None]
+        tile *= (0x7F000000 - bits).to(tl.float32, bitcast=True)[:, None]
         if DOT:
             tile = tile.to(found.dtype)
             products = tl.dot(tile, tl.trans(tile), input_precision=PRECISION)
@@ -178,9 +181,16 @@ def _weighted_sum(rows, stride, weights, out, columns, n, BLOCK: tl.constexpr, W
     for first in range(0, n, 8):
         for i in tl.static_range(8):
             row = first + i
-            weight = tl.load(weights + row, mask=row < n, other=0.0).to(dtype)
+            weight = tl.load(weights + row, mask=row < n, other=0.0)
             end = tl.where(weight != 0, columns, 0)
             place = rows + tl.cast(row, tl.int64) * stride + column
             values = tl.load(place, mask=column < end, other=0.0)
-            total += weight * values.to(dtype)
+            if values.dtype != tl.float64:  # the interpreter knows no way from bf16 to fp64
+                values = values.to(tl.float32)
+            if not WIDE and tl.abs(weight) < _TINY:  # leaves fp32, where the product may not
+                total += (weight * values.to(tl.float64)).to(tl.float32)
+            else:
+                total += weight.to(dtype) * values.to(dtype)
+    if out.dtype.element_ty != tl.float64:  # nor one back
+        total = total.to(tl.float32)
     tl.store(out + column, total.to(out.dtype.element_ty), mask=column < columns)

@@ -84,25 +84,32 @@ class StepRecord:
         0 where one of them is zero. A group far below the others is an outlier.
         """
         gramian = self._total[0]
-        squares, rows = np.diagonal(gramian), gramian.sum(1)
-        others = np.maximum(gramian.sum() - 2 * rows + squares, 0.0)  # ‖Σ_{j≠i} gⱼ‖²
-        scale = np.sqrt(squares * others)
-        cosine: Array = np.divide(rows - squares, scale, out=np.zeros_like(scale), where=scale != 0)
+        squares, without = np.diagonal(gramian), 1 - np.eye(len(gramian))
+        # Not the whole sum less one group's part: that part may be nearly all of it.
+        to_others = (gramian * without).sum(1)
+        others = np.maximum(np.einsum("ij,ij->i", without @ gramian, without), 0.0)  # ‖Σ_{j≠i} gⱼ‖²
+        scale = np.sqrt(squares) * np.sqrt(others)
+        cosine: Array = np.divide(to_others, scale, out=np.zeros_like(scale), where=scale != 0)
         return cosine
 
     @property
     def conflicts_mean(self) -> int:
         """In how many of the n pairs (mean, gᵢ) the inner product is negative."""
-        return self._conflicts(self._total[0].mean(1), self._total[0].mean())
+        return self._conflicts(self._total[0].mean(1), self.norms.mean())
 
     @property
     def conflicts_aggregate(self) -> int:
         """In how many of the n pairs (aggregate, gᵢ) the inner product is negative."""
-        return self._conflicts(self._total[1], self._total[2])
+        n = self.gramian.shape[-1]
+        gramians, weights = self.gramian.reshape(-1, n, n), self.weights.reshape(-1, n)
+        with np.errstate(invalid="ignore"):
+            norms = np.sqrt(np.einsum("bii->bi", gramians))
+        return self._conflicts(self._total[1], float((np.abs(weights) * norms).sum()))
 
-    def _conflicts(self, products: Array, norm_squared: float) -> int:
+    def _conflicts(self, products: Array, terms: float) -> int:
+        """Of the products with a sum of vectors, whose norms have the sum `terms`."""
         # Below this a sign is an artefact of the Gramian's own rounding (fp32 blocks).
-        rounding = 1e-6 * np.sqrt(max(norm_squared, 0.0)) * self.norms.max(initial=0.0)
+        rounding = 1e-7 * terms * self.norms
         return int((products < -rounding).sum())
 
     @property
