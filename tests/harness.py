@@ -12,14 +12,19 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 # Ranks are forked from a server that has imported once what takes long, and has no threads.
 _context = multiprocessing.get_context("forkserver")
-_PRELOAD = ["grain_ddp", "pytest", "scipy.optimize", "torch._dynamo"]
-_PRELOAD += ["torch._inductor.compile_fx", "deepspeed"]  # deepspeed needs the compiler too
+_PRELOAD = ["grain_ddp", "pytest", "scipy.optimize", "torch._dynamo", "deepspeed"]
+if not torch.cuda.is_available():  # it asks CUDA for its devices, and then no fork can use them
+    _PRELOAD += ["torch._inductor.compile_fx"]
 _PRELOAD += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "peft"]
 _PRELOAD += ["accelerate", "lightning.pytorch", "torchjd.aggregation"]
 _context.set_forkserver_preload(_PRELOAD)
@@ -116,11 +121,6 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))

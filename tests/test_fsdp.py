@@ -28,6 +28,9 @@ from grain_ddp import GrainState
 from grain_ddp._core.agreement import MARKS
 from grain_ddp._wire.torch_wire import TorchWire
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_custom_reduce_scatter"), reason="FSDP2 needs PyTorch 2.9"
+)
 RATE, MOMENTUM = 0.5, 0.9
 UNITS = (slice(0, 2), slice(2, 4), slice(4, 6))  # of the parameters: two layers, and the root
 Rule = Callable[[Tensor], Tensor]
