@@ -19,7 +19,7 @@ def upgrad(gramian: Array) -> Array:
     Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization" (arXiv 2406.16232): row i
     goes to the nearest point of the dual cone {x: ⟨x, g_j⟩ >= 0 for all j}, which is g_i + Jᵀz for
     the z >= 0 of least ‖g_i + Jᵀz‖. The mean of such points opposes no group either. Weights are
-    at least 1/n, and exactly 1/n where no two groups conflict; otherwise they add up to more than 1.
+    at least 1/n, exactly 1/n where no two groups conflict, and add up to more than 1 otherwise.
     """
     n = len(gramian)
     C, r = unit_rows(gramian)
