@@ -74,10 +74,17 @@ RULES: dict[str, Rule] = {
     "inverse_norm": inverse_norm,
     "upgrad": upgrad,
     "krum": krum,
+    "multi-krum": lambda G: krum(G, selected=len(G) - 1),
     "clip workers": clip_workers,
 }
 LOSSES = {"robust loss": "robust", "label smoothing": "smooth"}
-METHODS = ["mean", *RULES, "gate", "clip global", *LOSSES]
+METHODS = [
+    "mean",
+    *(rule for rule in RULES if rule != "multi-krum"),
+    "gate",
+    "clip global",
+    *LOSSES,
+]
 FEWER = ["mean", "min_norm", "cap 1.5", "cap 2", "normalize", "inverse_norm", "upgrad"]
 FEWER += ["krum", "robust loss"]
 
@@ -112,7 +119,7 @@ def weights_of(method: str, gramians: np.ndarray, gate: Gate) -> np.ndarray:
         return found
     for run, gramian in enumerate(gramians):
         active = gramian.diagonal() > 1e-30
-        if not np.isfinite(gramian).all() or active.sum() < (4 if method == "krum" else 1):
+        if not np.isfinite(gramian).all() or active.sum() < (4 if "krum" in method else 1):
             continue
         rule = partial(gate, run=run) if method == "gate" else RULES[method]
         found[run] = 0
@@ -300,6 +307,8 @@ def cells() -> Iterator[Cell]:
         ("digits", ["clean", "wrong labels", "by class", "bad worker"], 8, 16, "sgd", FEWER),
         ("diabetes", ["clean", "heavy tails"], 4, 4, "sgd", FEWER),
         ("minilm", ["clean", "wrong labels"], 4, 16, "adamw", FEWER),
+        ("digits", whole, 8, 4, "sgd", ["multi-krum"]),
+        ("diabetes", ["clean", "heavy tails"], 8, 4, "sgd", ["multi-krum"]),
     ):
         for setting in settings:
             for method in methods:

@@ -90,11 +90,12 @@ def normalized_min_norm(gramian: Array, cap: float | None = None) -> tuple[Array
     return weights / weights.sum(), solution
 
 
-def krum(gramian: Array, f: int = 1) -> Array:
-    """Weights ``[n]`` of Krum: all on the group with the nearest n − f − 2 others.
+def krum(gramian: Array, f: int = 1, selected: int = 1) -> Array:
+    """Weights ``[n]`` of Krum: equal on the `selected` groups with the nearest n − f − 2 others.
 
     Blanchard et al., "Machine Learning with Adversaries" (NeurIPS 2017): the score is the sum of
-    squared distances to those others. It withstands f broken groups of n >= 2f + 3.
+    squared distances to those others. It withstands f broken groups of n >= 2f + 3. Krum selects
+    one, multi-Krum n − f: with noisy gradients the one is often just the shortest.
 
     Raises:
         ValueError: n < f + 3, where no group has a neighbour to be near to.
@@ -109,7 +110,8 @@ def krum(gramian: Array, f: int = 1) -> Array:
     distances = np.maximum(squares + squares[:, None] - 2 * gramian, 0.0)
     np.fill_diagonal(distances, 0.0)
     scores = np.sort(distances, axis=1)[:, 1 : n - f - 1].sum(1)
-    weights: Array = (np.arange(n) == scores.argmin()).astype(np.float64)
+    weights = np.zeros(n)
+    weights[scores.argsort(kind="stable")[:selected]] = 1 / selected
     return weights
 
 
