@@ -86,8 +86,8 @@ def spread(settings: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         mean = methods["mean"].get("one split")
         for method, line in methods.items():
             values = line.get("one split")
-            if method in ("mean", "early") or mean is None or values is None:
-                continue
+            if method in ("mean", "early") or mean is None or values is None or not mean.std():
+                continue  # all at the bound of R²
             p = stats.levene(values, mean, center="median").pvalue
             row = f"| {setting} | {method} | {values.std(ddof=1):.2f} | {mean.std(ddof=1):.2f} "
             lines.append(row + f"| {p:.3f} |")
@@ -102,21 +102,24 @@ def monitored(found: dict[Block, Any]) -> list[str]:
     lines[0] += " | min_norm − mean | upgrad − mean |"
     lines.append("|---" * 7 + "|")
     for block, settings in found.items():
+        words = "{}, n={}, b={}, {}".format(*block)
         for setting, methods in settings.items():
             if not {"min_norm", "upgrad"} <= set(methods):
                 continue
             seen, least = methods["mean"]["seen"], methods["min_norm"]["seen"]
-            row = f"| {block} | {setting} | {seen['conflict']:.2f} | {least['shorter']:.2f} "
+            row = f"| {words} | {setting} | {seen['conflict']:.2f} | {least['shorter']:.2f} "
             row += f"| {least['largest']:.2f} "
             for method in ("min_norm", "upgrad"):
-                row += f"| {paired(methods[method], methods['mean'], 'test')[0]:+.1f} "
+                row += f"| {paired(methods[method], methods['mean'], 'test')[0]:+.1f} ".replace(
+                    "-", "−"
+                )
             lines.append(row + "|")
     return lines
 
 
 def bars(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     """Differences from the mean for the main methods, one group of bars per setting."""
-    shown = ["min_norm", "cap 2", "normalize", "upgrad", "krum", "robust loss"]
+    shown = ["min_norm", "cap 2", "normalize", "upgrad", "multi-krum", "robust loss"]
     colors = ["tab:blue", "tab:cyan", "tab:purple", "tab:green", "tab:brown", "tab:orange"]
     figure, axes = plt.subplots(figsize=(9, 3.6))
     for i, (method, color) in enumerate(zip(shown, colors, strict=True)):
@@ -131,9 +134,21 @@ def bars(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     )
     axes.axhline(0, color="0.2", lw=0.8)
     axes.set_xticks(range(len(settings)), [s.replace(" ", "\n", 1) for s in settings])
-    axes.set_ylabel("accuracy against the mean's (points)")
-    axes.legend(ncols=3, fontsize=8, frameon=False, loc="lower left")
+    axes.legend(ncols=6, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     save(figure, path)
+
+
+def points_axis(axis: Any, what: str) -> None:
+    """Linear near zero, logarithmic beyond: gains are small and losses large."""
+    ticks = [-40, -20, -10, -4, -2, 0, 2, 4, 10]
+    (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("symlog", linthresh=4)
+    low, high = axis.get_view_interval()
+    axis.set_ticks(ticks, labels=[str(t).replace("-", "−") for t in ticks])
+    axis.set_ticks([], minor=True)
+    axis.set_view_interval(low, high, ignore=True)
+    line = axis.axes.axhline if axis.axis_name == "y" else axis.axes.axvline
+    line(0, color="0.2", lw=0.8)
+    axis.set_label_text(f"{what} against the mean's (points)")
 
 
 def caps(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
@@ -152,7 +167,6 @@ def caps(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     axes.axhline(0, color="0.2", lw=0.8)
     axes.set_xticks(range(5), ["1 (mean)", "1.5", "2", "4", "none\n(min_norm)"])
     axes.set_xlabel("cap")
-    axes.set_ylabel("accuracy against the mean's (points)")
     axes.legend(fontsize=7, frameon=False)
     save(figure, path)
 
@@ -170,12 +184,8 @@ def worst(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axes.plot([], [], mark, color="0.5", label=setting)
     for method, color in shown.items():
         axes.plot([], [], "s", color=color, label=method)
-    for set_scale in (axes.set_xscale, axes.set_yscale):
-        set_scale("symlog", linthresh=4)
-    axes.axhline(0, color="0.2", lw=0.8)
-    axes.axvline(0, color="0.2", lw=0.8)
-    axes.set_xlabel("average accuracy against the mean's (points)")
-    axes.set_ylabel("worst class or domain (points)")
+    points_axis(axes.xaxis, "average accuracy")
+    points_axis(axes.yaxis, "worst class or domain")
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
     save(figure, path)
 
