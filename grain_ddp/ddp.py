@@ -112,7 +112,7 @@ class _Hook:
         # With this option unused buckets, the last one too, do not reach the hook.
         self._skips = any(getattr(m, "skip_all_reduce_unused_params", False) for m in models)
         self._trained = _trained(models[0]) if models else 0  # parameters in all buckets
-        self._ids: set[int] = set()  # of the model's parameters
+        self._ids = {id(p) for model in models for p in model.module.parameters()}
         self._seen: set[int] = set()  # those of this pass
         self._check(state, models)
         self.aggregation = Aggregation(state, TorchWire(group), self)

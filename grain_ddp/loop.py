@@ -84,9 +84,11 @@ class _Loop:
 
     def knows(self, trained: list[Tensor]) -> bool:
         """Whether these belong to its model: some of them, where others were frozen or added."""
-        if trained and not any(id(p) in self._known for p in trained):
+        new = {id(p): p for p in trained if id(p) not in self._known}
+        if trained and len(new) == len(trained):
             return not self._known
-        self._known.update({id(p): p for p in trained})
+        if new:
+            self._known.update(new)
         return True
 
 

@@ -403,3 +403,26 @@ def test_gradients_that_nearly_cancel(n: int, scope: str) -> None:
             assert found < 2 * ratio
             assert error < 1e-6
             assert least > 1 - 1e-6 / found  # the design asks for ten times that
+
+
+def nearly_cancel_in_two_dtypes(scope: str) -> Any:
+    """As `nearly_cancel`, half of the columns in float64: the error, with one weight vector."""
+    n, d = dist.get_world_size(), 3000
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    rows[-1] = -rows[:-1].sum(0)
+    rows += 1e-4 * torch.randn(d, generator=generator, dtype=torch.float64)
+    rows[:, d // 2 :] = rows[:, d // 2 :].float()
+    own = rows[dist.get_rank()]
+    results, record = aggregate({"scope": scope}, [own[: d // 2].clone(), own[d // 2 :].float()])
+    assert record is not None
+    if scope == "bucket":
+        return 0.0
+    exact = torch.from_numpy(min_norm_point(rows))
+    return relative_error(torch.cat([result.double() for result in results]), exact)
+
+
+@pytest.mark.parametrize("scope", ["global", "bucket"])
+def test_buckets_of_two_dtypes_share_their_weights(scope: str) -> None:
+    """Also where one of them, and not the first, asks for the Gramian to be made anew."""
+    assert max(run(3, nearly_cancel_in_two_dtypes, scope)) < 1e-6

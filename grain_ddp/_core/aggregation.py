@@ -27,7 +27,7 @@ from grain_ddp._core.passes import Parts, Passes
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import Weights, uniform
+from grain_ddp._math.weighting import uniform
 from grain_ddp._wire.wire import Transfer, Wire, cut
 
 MESSAGE_BYTES = 4 << 20
@@ -50,7 +50,7 @@ class _Bucket:
         self.columns: list[Columns] = []  # exchanged between the groups
         self.crossed = self.arrived = self.reduced = False
         self.gramian: Tensor | None = None
-        self.sum: GramianSum | None = None  # of its own Gramian
+        self.sum: GramianSum | None = None  # of its Gramian; or the step's
         self.weights: AnyWeights | None = None
         self.transfer = Transfer()  # of the whole buffer, where the backend averages it
 
@@ -96,7 +96,6 @@ class Aggregation:
         """Forget what is under way."""
         self._buckets: list[_Bucket] = []
         self._kind = Kind.PLAIN_MEAN  # of the step, from its first bucket on
-        self._sum: GramianSum | None = None  # of the step's Gramian
         self._gathering: list[Transfer] = []  # what may have several stages
         self._scratch, self._scratch_inside = Scratch(), Scratch()
         self._largest = 0  # bytes of a bucket, in this step or the last one
@@ -105,8 +104,7 @@ class Aggregation:
     def abandon(self) -> None:
         """Let what is under way arrive, then forget it: after a step that broke off elsewhere."""
         try:
-            sums = [] if self._sum is None else [self._sum.transfer]
-            for transfer in [t for bucket in self._buckets for t in bucket.transfers] + sums:
+            for transfer in [t for bucket in self._buckets for t in bucket.transfers]:
                 transfer.wait()
         finally:
             self.drop()
@@ -154,7 +152,7 @@ class Aggregation:
                     record = record_of(self.state, found)
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
-        self._buckets, self._sum = [], None
+        self._buckets = []
         self._largest = max(bucket.own.nbytes for bucket in buckets)
         for bucket in buckets:
             if bucket.done is not None:
@@ -195,16 +193,15 @@ class Aggregation:
             self._arrive(bucket)
         # Before any gather, so that the Gramian does not queue behind it.
         if self._kind.has_gramian and self.options.scope == "global":
-            total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
-            self._sum = GramianSum(self.state, self.wire, total, self._marks)
+            self._sum(buckets)
 
     def _reduce_all(self) -> None:
         for bucket in self._buckets:
             self._reduce(bucket)
-        if self._kind is Kind.RECORDED_MEAN:  # of which the sums, at least, have to be known
-            weights = None if self._sum is None else self._sum.weights()
+        if self._kind is Kind.RECORDED_MEAN:  # the sums are only for the record
             for bucket in self._buckets:
-                bucket.weights = bucket.sum.weights() if bucket.sum is not None else weights
+                assert bucket.sum is not None
+                bucket.weights = bucket.sum.weights()
 
     def _complete_all(self) -> None:
         buckets = self._buckets
@@ -287,34 +284,33 @@ class Aggregation:
         for columns in bucket.columns:
             columns.arrive()
         if bucket.gramian is not None and self.options.scope == "bucket":
-            bucket.sum = GramianSum(self.state, self.wire, bucket.gramian, self._marks)
+            self._sum([bucket])
 
     def _reduce(self, bucket: _Bucket | None) -> None:
         """Replace this rank's columns by their weighted sum, and start to gather all columns."""
         if bucket is None or bucket.reduced:
             return
         bucket.reduced = True
-        bucket.weights = self._weights(bucket)
+        exact = False
+        if self._kind.averages:
+            bucket.weights = uniform(self.size)
+        else:
+            assert bucket.sum is not None
+            bucket.weights, exact = bucket.sum.weights(), bucket.sum.exact
         if self.size == 1:
             return
-        summed = bucket.sum or self._sum
-        exact = summed is not None and summed.exact and isinstance(bucket.weights, Weights)
-        factors = (
-            bucket.weights.factors_for(bucket.buffer, exact=exact)
-            if isinstance(bucket.weights, Weights)
-            else bucket.weights.factors_for(bucket.buffer)
-        )
+        factors = bucket.weights.factors_for(bucket.buffer, exact=exact)
         for columns in bucket.columns:
             columns.reduce(factors, bucket.weights.dropped, exact=exact)
             self._gathering.append(columns.gather(self._scratch, self._limit(columns)))
 
-    def _weights(self, bucket: _Bucket) -> AnyWeights:
-        if self._kind.averages:
-            return uniform(self.size)
-        summed = bucket.sum or self._sum
-        assert summed is not None
-        buckets = [bucket] if bucket.sum is not None else self._buckets
-        return summed.weights_for(bucket.buffer.dtype, lambda: _exact(buckets))
+    def _sum(self, buckets: Sequence[_Bucket]) -> None:
+        """Start to sum the Gramian of buckets that share their weights."""
+        total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
+        columns = [columns for bucket in buckets for columns in bucket.columns]
+        summed = GramianSum(self.state, self.wire, total, columns, self._marks)
+        for bucket in buckets:
+            bucket.sum = summed
 
     # What the stages use.
 
@@ -367,12 +363,6 @@ class Aggregation:
         except BaseException:
             self.drop()
             raise
-
-
-def _exact(buckets: Sequence[_Bucket]) -> Tensor:
-    """The Gramian of buckets whose rows are there, of products in float64."""
-    every = [columns.gramian(exact=True) for bucket in buckets for columns in bucket.columns]
-    return torch.stack(every).sum(0)
 
 
 def _scratch_inside_bytes() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import NoReturn
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grain_ddp._core.columns import Columns
 from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import PendingRecord, StepRecord
@@ -100,42 +101,46 @@ class Marks:
 
 
 class GramianSum:
-    """A Gramian [r, r] on its way: started when it is made, `weights` when it is wanted."""
+    """The Gramian of some columns on its way: started here, `weights` when they are wanted.
 
-    def __init__(self, state: GrainState, wire: Wire, gramian: Tensor, marks: Marks) -> None:
-        self._state, self._wire, self._size, self._marks = state, wire, len(gramian), marks
-        self._on_cpu = gramian.device.type == "cpu"
+    ``total`` [r, r] is the Gramian of this rank's `columns`, of one scope, which have arrived.
+    """
+
+    def __init__(
+        self, state: GrainState, wire: Wire, total: Tensor, columns: Sequence[Columns], marks: Marks
+    ) -> None:
+        self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
+        self.exact = False  # whether the weights are those of an exact Gramian
+        self._found: AnyWeights | None = None
+        self._start(total)
+
+    def _start(self, gramian: Tensor) -> None:
+        self._size, self._on_cpu = len(gramian), gramian.device.type == "cpu"
         triangle = upper(gramian)
         if self._on_cpu:
-            self._numbers = marks.numbers()
+            self._numbers = self._marks.numbers()
             triangle = torch.cat([triangle, self._numbers])
-        self.transfer, self._triangles = wire.sum(triangle)
-        self._found: AnyWeights | None = None
-        self.exact = False  # whether the weights are those of an exact Gramian
+        self.transfer, self._triangles = self._wire.sum(triangle)
 
     def weights(self) -> AnyWeights:
-        """The weights, the same on every rank. ValueError on every rank if the ranks differ."""
-        if self._found is None:
-            self._found = self._find()
-        return self._found
+        """The weights, the same on every rank; before any of the columns is reduced.
 
-    def weights_for(self, dtype: torch.dtype, exact: Callable[[], Tensor]) -> AnyWeights:
-        """`weights`; from an `exact` Gramian, made now, where gradients of that dtype cancel so far
-        that rounding would show. All ranks see alike that they do."""
-        found = self.weights()
-        if not self.exact and isinstance(found, Weights) and found.cancels(dtype):
-            self._found = GramianSum(self._state, self._wire, exact(), self._marks).weights()
-            self.exact = True
-            found = self._found
-        return found
+        Where the gradients cancel so far that rounding would show, which all ranks see alike, they
+        are those of a Gramian made anew in float64. ValueError on every rank if the ranks differ.
+        """
+        if self._found is None:
+            self._found = found = self._find()
+            if isinstance(found, Weights) and any(found.cancels(c.dtype) for c in self._columns):
+                self._start(torch.stack([c.gramian(exact=True) for c in self._columns]).sum(0))
+                self._found, self.exact = self._find(), True
+            self._columns = ()
+        return self._found
 
     def _find(self) -> AnyWeights:
         self.transfer.wait()
         total = self._triangles.sum(0)
         if self._on_cpu:
-            total, sums = total.split_with_sizes(
-                [len(total) - len(self._numbers), len(self._numbers)]
-            )
+            total, sums = total[: -len(self._numbers)], total[-len(self._numbers) :]
             if sums.tolist() != (self._numbers * self._wire.whole.size).tolist():
                 self._marks.differ(self._wire)
         state = self._state

@@ -61,6 +61,7 @@ class Columns:
         # Whether it stays there for the Gramian too, which is as fast so.
         self._apart = self._in_place and few(self.own[0], n)
         self._like = next(view for views in slots for view in views)
+        self.dtype = self._like.dtype
         self._scratch: Scratch | None = None  # whose memory this holds, if any
         self._sent: Sequence[Tensor] = ()
         self._rows: Sequence[Tensor] = ()  # [r, c] of all groups; or two such, side by side
@@ -86,7 +87,7 @@ class Columns:
         extra = EXTRA if self.narrow else 0
         lengths = [len(values) + extra for values in sent]
         room, beside = n * lengths[me], sum(lengths) if self.narrow else 0
-        memory = self._hold(scratch, room + beside, self.narrow or self._like.dtype, limit)
+        memory = self._hold(scratch, room + beside, self.narrow or self.dtype, limit)
         rows = memory[:room].view(n, -1)
         if self.narrow:
             messages = memory[room:].split_with_sizes(lengths)
@@ -118,8 +119,8 @@ class Columns:
         me = self.wire.rank
         total: Tensor | None = None
         for rows, own in self._matrices():
-            apart = [*rows[:me].unbind(), own, *rows[me + 1 :].unbind()] if self._apart else rows
-            some = gramian(apart, exact=exact)
+            every = [*rows[:me].unbind(), own, *rows[me + 1 :].unbind()] if self._apart else rows
+            some = gramian(every, exact=exact)
             total = some if total is None else total.add_(some)
         assert total is not None
         return total if self._scales is None else total * self._scales.outer(self._scales)
@@ -191,7 +192,7 @@ class Columns:
         """Keep the rows where the gradients were that have been sent."""
         rows, me = self._rows[0], self.wire.rank
         if self._scales is not None and self.home is None:
-            rows = (rows.double() * self._scales[:, None]).to(self.own[0].dtype)
+            rows = (rows.double() * self._scales[:, None]).to(self.dtype)
             self._scales = None
         if self.home is None:
             free = part([view for views in self.slots for view in views], 0, rows.numel())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -137,7 +136,7 @@ def _is_no_aggregator(value: object) -> bool:
 
 def _is_cap(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (number and 1 <= value < math.inf and value <= 1e300)  # type: ignore[operator]
+    return value is None or (number and 1 <= value <= 1e300)  # type: ignore[operator]
 
 
 def _one_of(*values: object) -> Callable[[object], bool]:

@@ -23,7 +23,7 @@ from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.views import Views, length, part, read, write
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, Weights, uniform
+from grain_ddp._math.weighting import DeviceWeights, uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -192,27 +192,18 @@ class ShardedAggregation:
         found: AnyWeights = uniform(n)
         if self._kind.has_gramian:
             total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
-            summed = GramianSum(self.state, self.wire, total, self._marks)
-            found = summed.weights_for(buckets[0].like.dtype, lambda: self._exact(buckets))
-            exact = summed.exact
+            every = [columns for bucket in buckets for columns in bucket.columns]
+            summed = GramianSum(self.state, self.wire, total, every, self._marks)
+            found, exact = summed.weights(), summed.exact
         for bucket in buckets:
-            factors = (
-                found.factors_for(bucket.like, exact=exact)
-                if isinstance(found, Weights)
-                else found.factors_for(bucket.like)
-            )
+            factors = found.factors_for(bucket.like, exact=exact) * self.scale
             for columns in bucket.columns:
-                columns.reduce(factors * self.scale, found.dropped, exact=exact)
+                columns.reduce(factors, found.dropped, exact=exact)
                 columns.give_back()
                 self._clear(columns, found)
             self._forward(bucket)
         self._found.append(found)
         self._buckets = []
-
-    @staticmethod
-    def _exact(buckets: Sequence[_Bucket]) -> Tensor:
-        every = [columns.gramian(exact=True) for bucket in buckets for columns in bucket.columns]
-        return torch.stack(every).sum(0)
 
     def _clear(self, columns: Columns, found: AnyWeights) -> None:
         """Leave no NaN beside this rank's own part, where an optimizer would find it."""
