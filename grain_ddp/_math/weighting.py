@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grain_ddp._math.gramian import has_kernels
+from grain_ddp._math.qp import EPS
 from grain_ddp._math.record import Array
-from grain_ddp._math.solver import EPS, judge, min_norm
+from grain_ddp._math.solver import judge, min_norm
 from grain_ddp._math.status import Status
 
 Indices = NDArray[np.intp]
