@@ -182,7 +182,8 @@ def hard(draw: st.DrawFn) -> np.ndarray:
     n, d = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     entries = st.lists(st.integers(-2, 2), min_size=d, max_size=d)
     rows = np.array(draw(st.lists(entries, min_size=n, max_size=n)), float)
-    exponents = draw(st.lists(st.sampled_from([0, 0, 0, -30, 20]), min_size=n, max_size=n))
+    powers = st.sampled_from([0, 0, 0, -30, 20, -100, 100])
+    exponents = draw(st.lists(powers, min_size=n, max_size=n))
     return rows * np.exp2(exponents)[:, None]
 
 
@@ -194,7 +195,8 @@ def test_it_is_what_the_cpu_makes_of_it(A: np.ndarray, cap: float | None, rule: 
     G = A @ A.T
     cap = cap if rule == "min_norm" else None
     expected = weigh(G, rule, cap=cap)
-    found = DeviceWeights(torch.from_numpy(G).to(DEVICE), rule, cap, "propagate").read()
+    on_device = DeviceWeights(torch.from_numpy(G).to(DEVICE), rule, cap, "propagate")
+    found = on_device.read()
     assert (found.active, found.dropped) == (expected.active, expected.dropped)
     mean = np.diagonal(G).mean()
     w, other = found.weights, expected.weights
@@ -202,6 +204,9 @@ def test_it_is_what_the_cpu_makes_of_it(A: np.ndarray, cap: float | None, rule: 
     assert found.gap == pytest.approx(expected.gap, rel=1e-9, abs=1e-12 * mean)
     assert found.status == expected.status
     assert w.sum() == pytest.approx(other.sum())
+    for dtype in (torch.float32, torch.float64):
+        factors = on_device.factors_for(torch.empty(0, dtype=dtype, device=DEVICE)).cpu()
+        assert bool(factors.any()) == expected.factors(dtype).any()
 
 
 def test_equal_rows_share_their_weight() -> None:
