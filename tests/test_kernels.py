@@ -243,8 +243,11 @@ def test_which_groups_count(rows: Any, rule: str, nonfinite: str) -> None:
     assert found.status == expected.status
     assert (found.active, found.dropped) == (expected.active, expected.dropped)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        factors = on_device.factors_for(torch.empty(0, dtype=dtype, device=DEVICE)).cpu()
-        np.testing.assert_allclose(factors, expected.factors(dtype), atol=1e-14)
+        like = torch.empty(0, dtype=dtype, device=DEVICE)
+        for exact in (False, True):
+            factors = on_device.factors_for(like, exact=exact).cpu()
+            np.testing.assert_allclose(factors, expected.factors(dtype, exact=exact), atol=1e-14)
+        assert on_device.cancels(dtype) == expected.cancels(dtype)
 
 
 COMPILE = """

@@ -1,6 +1,6 @@
 """The weights of up to 64 groups, on the GPU: one Triton program, and nothing waits for it.
 
-The method is that of `solver.py`, which says why; here vectors and matrices are padded to a power
+The method is that of `qp.py`, which says why; here vectors and matrices are padded to a power
 of two, and a subset of the coordinates is a mask.
 """
 
@@ -139,7 +139,7 @@ def _factor(K, n, i, j):
 
 @triton.jit
 def _face(C, u, free, n, i, j):
-    """The problem on the free coordinates, factored, as `_Face` of solver.py: F, v, scale."""
+    """The problem on the free coordinates, factored, as `Face` of qp.py: F, v, scale."""
     scale = tl.max(tl.where(free, u, 0.0))
     v = tl.where(free, u / scale, 0.0)
     K = tl.where(free[:, None] & free[None, :], C + v[:, None] * v[None, :], 0.0)

@@ -106,6 +106,10 @@ class DeviceWeights:
         n, wide = len(self._gramian), exact or gradient.dtype == torch.float64
         return self._found[2 * n : 3 * n] if wide else self._found[n : 2 * n]
 
+    def cancels(self, dtype: torch.dtype) -> bool:
+        """`Weights.cancels`. Waits as `read` does."""
+        return dtype != torch.float64 and self.read().cancels(dtype)
+
     def read(self) -> Weights:
         """The weights on the CPU. Waits for the step that made them, not for what came later."""
         gramian = to_host(self._gramian, self._ready).numpy()
