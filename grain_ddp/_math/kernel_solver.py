@@ -109,7 +109,9 @@ def _min_norm(G, squares, bound, counted, m, n, i, j, k, N: tl.constexpr):
         if exact == 0:
             inner, state = _interior(C, u, top, capped, counted, m, n, i, j, N)
             z, exact = _pivot(C, u, top, limit, inner, state, counted, m, n, i, j, k, N)
-            z = tl.where(exact > 0, z, inner)
+            if exact == 0:  # C is not quite semi-definite: the best of what was found
+                gap, other = (_gap(C, u, z, capped, counted), _gap(C, u, inner, capped, counted))
+                z = tl.where(gap < other, z, inner)
     w = tl.where(counted, tl.minimum(tl.maximum(u * z, 0.0), bound), 0.0)
     w /= tl.sum(w)
 
@@ -123,6 +125,16 @@ def _min_norm(G, squares, bound, counted, m, n, i, j, k, N: tl.constexpr):
         w = tl.sum(same * w[:, None], 0) / tl.maximum(tl.sum(same, 0), 1)
         w /= tl.sum(w)
     return w, exact.to(tl.float64)
+
+
+@triton.jit
+def _gap(C, u, z, capped, counted):
+    """`Problem.gap` of qp.py; with a cap inf, as it takes sorting."""
+    z = tl.where(counted, z, 0.0)
+    slope = tl.sum(C * z[:, None], 0)
+    gap = tl.sum(z * slope) - tl.min(tl.where(counted, slope / u, float("inf")))
+    wrong = capped | (tl.min(z) < 0) | (tl.abs(tl.sum(u * z) - 1) > 1e-12)
+    return tl.where(wrong, float("inf"), gap)
 
 
 @triton.jit

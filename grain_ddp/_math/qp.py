@@ -39,6 +39,19 @@ class Problem(NamedTuple):
         top = bound / u
         return cls(C, u, top, top * (1 + 4 * EPS), True)
 
+    def gap(self, z: Array) -> float:
+        """zᵀCz less the least that its slope promises anywhere; inf for a z out of bounds.
+
+        Not below 0, and 0 at the optimum.
+        """
+        if z.min() < 0 or (z > self.limit).any() or abs(self.u @ z - 1) > 1e-12:
+            return np.inf
+        slope = self.C @ z
+        order = (slope / self.u).argsort()
+        most = np.minimum(self.u * self.top, 1.0)[order]
+        share = np.clip(1 - (most.cumsum() - most), 0, most)  # of 1: the lowest slopes first
+        return float(z @ slope - share @ (slope / self.u)[order])
+
 
 class Face:
     """The problem without bounds on some coordinates: K = C + vvᵀ factored once, v = u to scale 1.
@@ -102,8 +115,10 @@ def solve(problem: Problem, whole: Face) -> tuple[Array, bool, int]:
     if exact:
         return z, True, count
     inner, sides, steps = interior_point(problem)
-    z, exact, last = pivot(problem, sides, inner)
-    return z if exact else inner, exact, count + steps + last
+    last, exact, more = pivot(problem, sides, inner)
+    if not exact:  # C is not quite semi-definite: the best of what was found
+        last = min([inner, last, z], key=problem.gap)
+    return last, exact, count + steps + more
 
 
 def pivot(
