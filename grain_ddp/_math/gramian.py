@@ -111,17 +111,17 @@ def _by_scaled_blocks(rows: Tensor, size: int) -> Tensor:
 def _some(columns: int, n: int) -> Iterator[slice]:
     """The columns in parts, of which an fp64 copy of n rows takes 4 MiB or little more."""
     width = max((1 << 19) // n, 512)
-    return (slice(start, start + width) for start in range(0, columns, width))
+    return (slice(start, start + width) for start in range(0, max(columns, 1), width))
 
 
 def _in_float64(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """The Gramian with all products and sums in fp64."""
-    n, columns = len(rows), rows[0].shape[0]
-    total = torch.zeros(n, n, dtype=torch.float64, device=rows[0].device)
-    for part in _some(columns, n):
+    total: Tensor | None = None
+    for part in _some(rows[0].shape[0], len(rows)):
         some = rows[:, part] if isinstance(rows, Tensor) else torch.stack([r[part] for r in rows])
         wide = some.double()
-        total.addmm_(wide, wide.T)
+        total = wide @ wide.T if total is None else total.addmm_(wide, wide.T)
+    assert total is not None  # there is one part at least
     return total
 
 
@@ -139,7 +139,7 @@ def weighted_sum(
 
         kernels.weighted_sum(rows, weights, out, exact)
         return
-    if rows.dtype != torch.float64 and (exact or _vanish(weights)):
+    if rows.dtype != torch.float64 and (exact or _leave_fp32(weights)):
         for part in _some(len(out), len(rows)):
             some = rows[:, part].double()
             if own is not None:
@@ -161,11 +161,10 @@ def weighted_sum(
                 scale = 1.0
 
 
-def _vanish(weights: Tensor) -> bool:
-    """Whether a weight leaves fp32, as that of a gradient 1e30 times the others' does."""
-    sizes = weights.abs()
-    small = (sizes > 0) & (sizes < torch.finfo(torch.float32).tiny)
-    return weights.device.type == "cpu" and bool(small.any())
+def _leave_fp32(weights: Tensor) -> bool:
+    """Whether a weight is too small for fp32, as that of a gradient 1e30 times the others' is."""
+    tiny = torch.finfo(torch.float32).tiny
+    return weights.device.type == "cpu" and any(0 < abs(w) < tiny for w in weights.tolist())
 
 
 @contextmanager

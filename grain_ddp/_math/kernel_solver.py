@@ -1,6 +1,6 @@
 """The weights of up to 64 groups, on the GPU: one Triton program, and nothing waits for it.
 
-The method is that of `solver.py`, which says why; here vectors and matrices are padded to a power
+The method is that of `qp.py`, which says why; here vectors and matrices are padded to a power
 of two, and a subset of the coordinates is a mask.
 """
 
@@ -109,7 +109,9 @@ def _min_norm(G, squares, bound, counted, m, n, i, j, k, N: tl.constexpr):
         if exact == 0:
             inner, state = _interior(C, u, top, capped, counted, m, n, i, j, N)
             z, exact = _pivot(C, u, top, limit, inner, state, counted, m, n, i, j, k, N)
-            z = tl.where(exact > 0, z, inner)
+            if exact == 0:  # C is not quite semi-definite: the best of what was found
+                gap, other = (_gap(C, u, z, capped, counted), _gap(C, u, inner, capped, counted))
+                z = tl.where(gap < other, z, inner)
     w = tl.where(counted, tl.minimum(tl.maximum(u * z, 0.0), bound), 0.0)
     w /= tl.sum(w)
 
@@ -126,6 +128,16 @@ def _min_norm(G, squares, bound, counted, m, n, i, j, k, N: tl.constexpr):
 
 
 @triton.jit
+def _gap(C, u, z, capped, counted):
+    """`Problem.gap` of qp.py; with a cap inf, as it takes sorting."""
+    z = tl.where(counted, z, 0.0)
+    slope = tl.sum(C * z[:, None], 0)
+    gap = tl.sum(z * slope) - tl.min(tl.where(counted, slope / u, float("inf")))
+    wrong = capped | (tl.min(z) < 0) | (tl.abs(tl.sum(u * z) - 1) > 1e-12)
+    return tl.where(wrong, float("inf"), gap)
+
+
+@triton.jit
 def _factor(K, n, i, j):
     """K = LDLᵀ in place, from its upper triangle: D on the diagonal, L⁻¹ below it, without ones."""
     for step in range(n):
@@ -139,7 +151,7 @@ def _factor(K, n, i, j):
 
 @triton.jit
 def _face(C, u, free, n, i, j):
-    """The problem on the free coordinates, factored, as `_Face` of solver.py: F, v, scale."""
+    """The problem on the free coordinates, factored, as `Face` of qp.py: F, v, scale."""
     scale = tl.max(tl.where(free, u, 0.0))
     v = tl.where(free, u / scale, 0.0)
     K = tl.where(free[:, None] & free[None, :], C + v[:, None] * v[None, :], 0.0)

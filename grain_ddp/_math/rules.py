@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from grain_ddp._math.solver import Array, Indices, Solution, min_norm
-
-EPS = float(np.finfo(np.float64).eps)
+from grain_ddp._math.qp import EPS, Indices
+from grain_ddp._math.record import Array
+from grain_ddp._math.solver import Solution, min_norm
 
 
 def upgrad(gramian: Array) -> Array:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grain_ddp._math.qp import EPS, Face, Indices, Problem, solve
+from grain_ddp._math.record import Array
 from grain_ddp._math.status import Status
 
-Array = NDArray[np.float64]
-Indices = NDArray[np.intp]
 Weights = TypeVar("Weights", Array, torch.Tensor)
 
-EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
+TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,11 @@ def min_norm(
         if label is not None:
             first = np.unique(label, return_index=True)[1]
             C, u = C[first[:, None], first], u[first]
-        z, exact, iterations = _solve(C, u, bound, slack)
+        problem, whole = Problem.of(C, u, bound), _whole_face(C, u, slack)
+        if bound is not None and bound.sum() <= 1 + 4 * EPS:
+            z, exact, iterations = problem.top, True, 1
+        else:
+            z, exact, iterations = solve(problem, whole)
         w = u * z if bound is None else np.minimum(u * z, bound)
         w /= w.sum()
         if label is not None:
@@ -115,17 +119,17 @@ def min_norm(
 
 def judge(G: Array, w: Array, cap: float | None, exact: bool) -> tuple[float, float, Status]:
     """wᵀGw, the gap and the status of weights; `exact`: optimal by the solver's own conditions."""
-    n, slope = len(G), G @ w
+    n, slope, r = len(G), G @ w, np.sqrt(np.maximum(G.diagonal(), 0.0))
     norm_squared = float(w @ slope)
     gap = max(norm_squared - float(slope.min()), 0.0)
-    if norm_squared <= n * 4 * EPS * float(w @ np.sqrt(np.maximum(G.diagonal(), 0.0))) ** 2:
+    if norm_squared <= n * 4 * EPS * float(w @ r) ** 2:
         return norm_squared, gap, Status.ZERO
     if exact:
         capped = cap is not None and cap < n and w.max() >= cap / n * (1 - 8 * EPS)
         return norm_squared, gap, Status.CAPPED if capped else Status.OPTIMAL
-    own_gap = norm_squared - _least(slope, min(cap or n, n) / n)
-    rounding = 1e-12 * float((G.diagonal() / n).sum())
-    return norm_squared, gap, Status.ROUNDED if own_gap <= rounding else Status.STALLED
+    # A slope is a sum of terms w_j r_i r_j, and is no more exact than they are.
+    least = _least(slope + 1e-12 * float(w @ r) * r, min(cap or n, n) / n)
+    return norm_squared, gap, Status.ROUNDED if norm_squared <= least else Status.STALLED
 
 
 def _least(slope: Array, bound: float) -> float:
@@ -172,159 +176,16 @@ def _classes(C: Array, G: Array) -> tuple[Array, Indices | None]:
     return np.ones(len(G)), None
 
 
-class _Face:
-    """The problem on the coordinates ``free``: K = C + vvᵀ factored once, v = u to scale 1.
-
-    K takes the place of C because it is nonsingular where the minimiser is unique; as uᵀz is
-    given, it has the same one. Kz ∝ v is the NNLS identity of the min-norm point. A shift at
-    rounding level keeps a singular K factorable; among many minimisers it picks the shortest.
-    """
-
-    def __init__(self, C: Array, u: Array) -> None:
-        self.scale = float(u.max())
-        self.v = v = u / self.scale
-        self.K, self.shift, self.a = v * v[:, None], 0.0, v
-        self.K += C
-        shift = 4 * len(v) * EPS
-        while not self.factor(shift) and shift < len(v):  # the end is reached if K is not finite
-            shift *= 1e3
-
-    def factor(self, shift: float) -> bool:
-        """Factor K + shift, and say whether it is positive definite."""
-        self.K.reshape(-1)[:: len(self.K) + 1] += shift - self.shift
-        self.shift = shift
-        self.L, info = torch.linalg.cholesky_ex(torch.from_numpy(self.K))
-        if info.item():
-            return False
-        self.a = self.inverse(self.v)
-        return True
-
-    def inverse(self, h: Array) -> Array:
-        if len(h) < 32:  # a second factorisation takes less time than a call of cholesky_solve
-            return np.asarray(np.linalg.solve(self.K, h), np.float64)
-        x: Array = torch.cholesky_solve(torch.from_numpy(h[:, None]), self.L).numpy()[:, 0]
-        return x
-
-    def solve(self, total: float, h: Array | None = None) -> tuple[Array, float]:
-        """The z minimising ½ zᵀCz + hᵀz where uᵀz = total, and the λ of Cz + h = λu."""
-        total /= self.scale
-        b = 0.0 if h is None else self.inverse(h)
-        t = (total if h is None else total + float(self.v @ b)) / float(self.v @ self.a)
-        return self.a * t - b, (t - total) / self.scale
-
-
-def _solve(C: Array, u: Array, bound: Array | None, slack: float) -> tuple[Array, bool, int]:
-    """The z, whether it meets the optimality conditions to rounding, and matrices factored."""
-    whole = _Face(C, u)
-    # C + shift is positive semi-definite if and only if K + shift is and vᵀ(K + shift)⁻¹v <= 1.
-    if whole.shift > 1e-9 or whole.v @ whole.a > 1 + 1e-9:
-        if not whole.factor(slack) or whole.v @ whole.a > 1:
-            least = float(np.linalg.eigvalsh(C)[0])
-            raise ValueError(
-                "grain_ddp: the Gramian must be positive semi-definite, but with its diagonal"
-                f" scaled to 1 it has the eigenvalue {least:g} (rounding to bf16 would explain"
-                f" {-slack:.2g})."
-            )
-        whole = _Face(C, u)
-    top = None
-    if bound is not None:
-        top = bound / u
-        if bound.sum() <= 1 + 4 * EPS:
-            return top, True, 1
-    z, exact, count = _pivot(C, u, top, np.zeros(len(u)), np.zeros(len(u)), whole)
-    if not exact:
-        inner, state, more = _interior(C, u, top)
-        z, exact, last = _pivot(C, u, top, inner, state, None)
-        count += more + last
-        z = z if exact else inner
-    return z, exact, count
-
-
-def _pivot(
-    C: Array, u: Array, top: Array | None, start: Array, state: Array, face: _Face | None
-) -> tuple[Array, bool, int]:
-    """Block principal pivoting: swap all coordinates on the wrong side, until none is.
-
-    ``state`` says where each is: at its lower bound (-1), free (0), at its upper bound (1). The
-    free ones take the stationary point nearest to ``start``. Where the swaps do not lessen the
-    wrong ones, swap fewer of them, the worst; where that does not help either, end with False.
-    """
-    fewest, failures, refined, count = len(u) + 1, 0, 0, int(face is not None)
-    limit = np.inf if top is None else top * (1 + 4 * EPS)
-    while True:
-        inside = state == 0
-        free = inside.nonzero()[0]
-        z = start * inside if top is None else np.where(state > 0, top, start * inside)
-        if not len(free):
-            # Only the next coordinate to move can tell the multiplier.
-            full = 1 if u @ z > 1 - 1e-12 else -1
-            free = np.argmax(np.where(state == full, full * (C @ z) / u, -np.inf), keepdims=True)
-            inside[free], state[free], z[free] = True, 0, 0.0
-        if face is None:
-            face = _Face(C.take(free, 0).take(free, 1), u[free])
-            count += 1
-        total = 1 - float(u @ z)
-        dz, multiplier = face.solve(total, None if total == 1 else (C @ z)[free])
-        z[free] += dz
-        y = C @ z - multiplier * u
-        rounding = 8 * EPS * float(np.abs(z).sum())
-        # How wrong each side is: in comparable units, as the diagonal of C is 1.
-        wrong = np.where(inside, np.maximum(-z, z - limit), state * y - rounding)
-        bad = wrong > 0
-        if many := int(np.count_nonzero(bad)):
-            failures = 0 if many < fewest else failures + 1
-            if failures == 8:
-                return z, False, count
-            if failures:  # 0.7 and 8: of 0.5 to 0.8 and 5 to 10 none is better throughout
-                bad[wrong.argsort(kind="stable")[: -max(int(many * 0.7**failures), 1)]] = False
-            fewest, refined, face = min(many, fewest), 0, None
-            state = np.where(bad, np.copysign(inside, z), state)
-        elif refined == 3 or np.abs(y[free]).max() <= rounding:
-            return z, refined < 3, count
-        else:  # the shift of a near-singular K shows: solve for what is left
-            refined, start = refined + 1, z
-
-
-def _interior(C: Array, u: Array, top: Array | None) -> tuple[Array, Array, int]:
-    """Mehrotra's interior point method (1992): a z near the optimum, and where each z_i will be.
-
-    Slower than pivoting, but it cannot cycle. s = top − z; p and q are the multipliers of z >= 0
-    and s >= 0. Without a cap s is infinite and q zero.
-    """
-    n, capped = len(u), top is not None
-    z: Array = np.full(n, 1 / u.sum()) if top is None else top / float(u @ top)
-    s: Array = np.full(n, np.inf) if top is None else top - z
-    y = C @ z
-    mu = max(float(z @ y), EPS * float(z.sum()) ** 2) / n
-    p, q = mu / z, mu / s
-    state: Array = np.zeros(n)
-    count = 0
-    while count < 50:
-        count += 1
-        barred = C.copy()
-        barred.reshape(-1)[:: n + 1] += p / z + q / s
-        face = _Face(barred, u)
-        short = 1 - float(u @ z)
-        total = float(z @ p) + (float(s @ q) if capped else 0.0)
-        mu, c, e = 0.0, np.zeros(n), np.zeros(n)
-        for corrected in (False, True):  # the first step aims at zp = sq = 0, the second at mu
-            dz, _ = face.solve(short, y - c / z + e / s)
-            dp, dq = (c - p * dz) / z - p, (e + q * dz) / s - q
-            now = np.concatenate([z, p, s, q] if capped else [z, p])
-            change = np.concatenate([dz, dp, -dz, dq] if capped else [dz, dp])
-            step = min(1.0, (0.995 if corrected else 1.0) / max(float((-change / now).max()), EPS))
-            if not corrected:
-                after = now + step * change
-                left = float(after[:n] @ after[n : 2 * n])
-                left += float(after[2 * n : 3 * n] @ after[3 * n :])
-                mu = (left / total) ** 3 * total / (len(now) / 2)
-                c, e = mu - dz * dp, mu + dz * dq
-        if not np.isfinite(change).all():
-            break
-        # Tapia's indicators: what goes to its bound shrinks, its multiplier stays.
-        state = np.where(capped & (-dz / s < dq / q), 1.0, 0.0) - (dz / z < dp / p)
-        z, p, s, q = z + step * dz, p + step * dp, s - step * dz, q + step * dq
-        y = C @ z
-        if total <= EPS * float(z.sum()) ** 2 or step < 1e-6:
-            break
-    return z, state, count
+def _whole_face(C: Array, u: Array, slack: float) -> Face:
+    """The face of all coordinates. C must be positive semi-definite to the rounding of bf16."""
+    whole = Face(C, u)
+    if whole.convex_to(1e-9):
+        return whole
+    if not whole.factor(slack) or whole.v @ whole.a > 1:
+        least = float(np.linalg.eigvalsh(C)[0])
+        raise ValueError(
+            "grain_ddp: the Gramian must be positive semi-definite, but with its diagonal"
+            f" scaled to 1 it has the eigenvalue {least:g} (rounding to bf16 would explain"
+            f" {-slack:.2g})."
+        )
+    return Face(C, u)

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from grain_ddp._math.gramian import has_kernels
+from grain_ddp._math.qp import EPS, Indices
 from grain_ddp._math.record import Array
 from grain_ddp._math.rules import krum, normalized_min_norm, upgrad
-from grain_ddp._math.solver import EPS, judge, min_norm
+from grain_ddp._math.solver import judge, min_norm
 from grain_ddp._math.status import Status
 
-Indices = NDArray[np.intp]
 Weighting = str | Callable[[Tensor], Tensor]
 """A name in `RULES`, or a callable from a float64 CPU Gramian ``[n, n]`` to weights ``[n]``."""
 
