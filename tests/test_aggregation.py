@@ -309,14 +309,14 @@ def recover() -> Any:
         aggregation.finish()
     assert not aggregation.pending
     assert state.step == 0
-    buffer = torch.full((1000,), float(dist.get_rank()))
+    buffer = torch.full((1000,), 1.0 + dist.get_rank())
     aggregation.push(buffer)
     aggregation.finish()
     return buffer.unique().tolist()
 
 
 def test_after_an_error_on_every_rank_a_step_works() -> None:
-    assert run(3, recover) == [[1.0]] * 3
+    assert run(3, recover) == [[2.0]] * 3
 
 
 def die_in_mid_step() -> None:

@@ -148,6 +148,9 @@ def test_krum_leaves_out_the_broken() -> None:
         scores = [np.sort(np.delete(row, i))[: n - f - 2].sum() for i, row in enumerate(distances)]
         assert w.argmax() == np.argmin(scores) >= f
         assert w.sum() == w.max() == 1
+        several = krum(J @ J.T, f, n - f)
+        assert (several[:f] == 0).all()
+        np.testing.assert_allclose(several[f:], 1 / (n - f))
 
 
 def test_krum_needs_neighbours() -> None:

@@ -19,7 +19,7 @@ def upgrad(gramian: Array) -> Array:
     Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization" (arXiv 2406.16232): row i
     goes to the nearest point of the dual cone {x: ⟨x, g_j⟩ >= 0 for all j}, which is g_i + Jᵀz for
     the z >= 0 of least ‖g_i + Jᵀz‖. The mean of such points opposes no group either. Weights are
-    at least 1/n, and exactly 1/n where no two groups conflict; else they add up to more than 1.
+    at least 1/n, exactly 1/n where no two groups conflict, and add up to more than 1 otherwise.
     """
     n = len(gramian)
     C, r = unit_rows(gramian)
@@ -90,11 +90,12 @@ def normalized_min_norm(gramian: Array, cap: float | None = None) -> tuple[Array
     return weights / weights.sum(), solution
 
 
-def krum(gramian: Array, f: int = 1) -> Array:
-    """Weights ``[n]`` of Krum: all on the group with the nearest n − f − 2 others.
+def krum(gramian: Array, f: int = 1, selected: int = 1) -> Array:
+    """Weights ``[n]`` of Krum: equal on the `selected` groups with the nearest n − f − 2 others.
 
     Blanchard et al., "Machine Learning with Adversaries" (NeurIPS 2017): the score is the sum of
-    squared distances to those others. It withstands f broken groups of n >= 2f + 3.
+    squared distances to those others. It withstands f broken groups of n >= 2f + 3. Krum selects
+    one, multi-Krum n − f: with noisy gradients the one is often just the shortest.
 
     Raises:
         ValueError: n < f + 3, where no group has a neighbour to be near to.
@@ -109,7 +110,8 @@ def krum(gramian: Array, f: int = 1) -> Array:
     distances = np.maximum(squares + squares[:, None] - 2 * gramian, 0.0)
     np.fill_diagonal(distances, 0.0)
     scores = np.sort(distances, axis=1)[:, 1 : n - f - 1].sum(1)
-    weights: Array = (np.arange(n) == scores.argmin()).astype(np.float64)
+    weights = np.zeros(n)
+    weights[scores.argsort(kind="stable")[:selected]] = 1 / selected
     return weights
 
 
