@@ -11,7 +11,8 @@ LOST_AFTER=${LOST_AFTER:-15}          # seconds of silence after which a host co
 # A file, or words that are quoted as in a shell.
 if [ -e "$TRAIN" ]; then train=("$TRAIN"); else eval "train=($TRAIN)"; fi
 
-# Without this a host that joins a running job waits for an address that nobody tells it.
+# Without this a host that joins a running job waits for an address that nobody tells it, and
+# ranks that are started anew after one was killed often wait for each other, on one host too.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="$HOSTS" --nproc_per_node="$RANKS" --max_restarts=10 --rdzv_id=run1 \
   --rdzv_backend=c10d --rdzv_endpoint="$FIRST:29400" \
