@@ -6,6 +6,7 @@ Also a command, for scripts that torchrun starts: hooked.py SCOPE SCRIPT [ARGUME
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from typing import Any
@@ -46,3 +47,6 @@ if __name__ == "__main__":
         hook_every_model(sys.argv[1])
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at once: gloo's threads sometimes abort in an orderly exit, plain DDP too
