@@ -22,6 +22,7 @@ from torch import Tensor
 from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
 from grain_ddp._core.columns import Columns
 from grain_ddp._core.groups import partition
+from grain_ddp._core.guard import Guard, Numbers
 from grain_ddp._core.options import Kind
 from grain_ddp._core.passes import Parts, Passes
 from grain_ddp._core.scratch import Scratch
@@ -52,6 +53,7 @@ class _Bucket:
         self.gramian: Tensor | None = None
         self.sum: GramianSum | None = None  # of its Gramian; or the step's
         self.weights: AnyWeights | None = None
+        self.numbers: Numbers | None = None  # by which its ranks are judged
         self.transfer = Transfer()  # of the whole buffer, where the backend averages it
 
     @property
@@ -86,6 +88,8 @@ class Aggregation:
         self.size = wire.size * options.microbatches  # groups: the rows of the Gramian
         self._passes = Passes(wire.size, options.microbatches)
         self._marks = Marks()
+        self._groups = groups
+        self.guard = Guard(options, wire.whole, owner)
         self._stream: torch.cuda.Stream | None = None
         self.drop()
 
@@ -100,6 +104,7 @@ class Aggregation:
         self._scratch, self._scratch_inside = Scratch(), Scratch()
         self._largest = 0  # bytes of a bucket, in this step or the last one
         self._passes.drop()
+        self.guard.drop()
 
     def abandon(self) -> None:
         """Let what is under way arrive, then forget it: after a step that broke off elsewhere."""
@@ -130,12 +135,15 @@ class Aggregation:
             bucket = _Bucket(buffer, done)
             self._buckets.append(bucket)
             self._marks.push(len(buffer), buffer.dtype)
+            self.guard.push(buffer, parts or [(f"bucket {len(self._buckets)}", len(buffer))])
             if self.options.microbatches > 1:
                 parts = parts or [(len(self._buckets), len(buffer))]
                 bucket.blocks = self._passes.add(buffer, parts, self._message(buffer))
                 if not self._last_pass:
                     buffer.zero_()
                     return
+            if self._leaves_out_per_bucket:
+                bucket.numbers = self.guard.begin(self.state.step)
             self._advance()
 
     def finish(self) -> StepRecord | None:
@@ -147,9 +155,11 @@ class Aggregation:
                 self._arrive_all()
                 self._reduce_all()
                 self._complete_all()
+                found = [bucket.weights for bucket in buckets if bucket.weights is not None]
                 if self.options.records(self.state.step) and self._kind.has_gramian:
-                    found = [bucket.weights for bucket in buckets if bucket.weights is not None]
-                    record = record_of(self.state, found)
+                    record = record_of(self.state, found, self.guard.take())
+                elif self.guard.found:
+                    record = record_of(self.state, found or [uniform(self.size)], self.guard.take())
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
         self._buckets = []
@@ -159,9 +169,11 @@ class Aggregation:
                 bucket.done()
         if self._last_pass:
             self._passes.drop()
+            self.guard.drop()
             self.state.advance(record)
         else:
             self._passes.done += 1
+            self.guard.end_pass()
         return record
 
     @property
@@ -185,12 +197,19 @@ class Aggregation:
     def _back(self, count: int) -> _Bucket | None:
         return self._buckets[-1 - count] if count < len(self._buckets) else None
 
+    @property
+    def _leaves_out_per_bucket(self) -> bool:
+        return self.options.guard == "drop" and self._kind is Kind.WEIGHTS_PER_BUCKET
+
     def _arrive_all(self) -> None:
-        buckets = self._buckets
+        buckets, step = self._buckets, self.state.step
+        numbers = self.guard.begin(step)
+        self.guard.compare_replicas(step)
         for bucket in buckets:
             self._cross(bucket)
         for bucket in buckets:
             self._arrive(bucket)
+        self.guard.judge(numbers)
         # Before any gather, so that the Gramian does not queue behind it.
         if self._kind.has_gramian and self.options.scope == "global":
             self._sum(buckets)
@@ -306,9 +325,15 @@ class Aggregation:
 
     def _sum(self, buckets: Sequence[_Bucket]) -> None:
         """Start to sum the Gramian of buckets that share their weights."""
+        for bucket in buckets:
+            self.guard.judge(bucket.numbers)
+        rows = self.guard.left_out
+        left_out = [i for i, group in enumerate(self._groups) if not rows.isdisjoint(group)]
+        if self.options.microbatches > 1:  # a row of its own for each pass
+            left_out = sorted(rows)
         total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
         columns = [columns for bucket in buckets for columns in bucket.columns]
-        summed = GramianSum(self.state, self.wire, total, columns, self._marks)
+        summed = GramianSum(self.state, self.wire, total, columns, self._marks, left_out)
         for bucket in buckets:
             bucket.sum = summed
 

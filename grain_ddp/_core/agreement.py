@@ -15,6 +15,7 @@ from grain_ddp._core.columns import Columns
 from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import PendingRecord, StepRecord
+from grain_ddp._math.suspect import Suspect
 from grain_ddp._math.weighting import DeviceWeights, Weights, weigh_tensor
 from grain_ddp._wire.wire import Wire
 
@@ -42,15 +43,22 @@ def upper(gramian: Tensor) -> Tensor:
     return gramian.take(_triangle(len(gramian), gramian.device)[0])
 
 
-def weights_of(options: Options, step: int, triangle: Tensor, r: int) -> AnyWeights:
-    """The weights that the options give for the upper triangle of a Gramian [r, r]."""
+def weights_of(
+    options: Options, step: int, triangle: Tensor, r: int, left_out: Sequence[int] = ()
+) -> AnyWeights:
+    """The weights that the options give for the upper triangle of a Gramian [r, r].
+
+    `left_out`: rows that get none.
+    """
     gramian = triangle.take(_triangle(r, triangle.device)[1])
+    warm = step >= options.warmup_steps
     return weigh_tensor(
         gramian,
-        options.weighting,
+        options.weighting if warm else "mean",
         cap=options.cap,
-        normalize=options.normalize,
+        normalize=options.normalize and warm,
         nonfinite=options.nonfinite,
+        left_out=left_out,
         seed=step,
     )
 
@@ -104,11 +112,19 @@ class GramianSum:
     """The Gramian of some columns on its way: started here, `weights` when they are wanted.
 
     ``total`` [r, r] is the Gramian of this rank's `columns`, of one scope, which have arrived.
+    Rows that are `left_out` get no weight.
     """
 
     def __init__(
-        self, state: GrainState, wire: Wire, total: Tensor, columns: Sequence[Columns], marks: Marks
+        self,
+        state: GrainState,
+        wire: Wire,
+        total: Tensor,
+        columns: Sequence[Columns],
+        marks: Marks,
+        left_out: Sequence[int] = (),
     ) -> None:
+        self._left_out = left_out
         self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
         self.exact = False  # whether the weights are those of an exact Gramian
         self._found: AnyWeights | None = None
@@ -144,25 +160,29 @@ class GramianSum:
             if sums.tolist() != (self._numbers * self._wire.whole.size).tolist():
                 self._marks.differ(self._wire)
         state = self._state
-        weights = weights_of(state.options, state.step, total, self._size)
+        weights = weights_of(state.options, state.step, total, self._size, self._left_out)
         self._marks.weigh(weights)
         return weights
 
 
-def record_of(state: GrainState, buckets: Sequence[AnyWeights]) -> StepRecord:
+def record_of(
+    state: GrainState, buckets: Sequence[AnyWeights], suspects: tuple[Suspect, ...] = ()
+) -> StepRecord:
     """The record of a step with these weights, one for each bucket."""
     step, single = state.step, state.options.scope == "global"
     if single:
         buckets = buckets[:1]
     if any(isinstance(weights, DeviceWeights) for weights in buckets):
-        return PendingRecord(step, lambda: _record_of(step, single, buckets))
-    return _record_of(step, single, buckets)
+        return PendingRecord(step, lambda: _record_of(step, single, buckets, suspects))
+    return _record_of(step, single, buckets, suspects)
 
 
-def _record_of(step: int, single: bool, found: Sequence[AnyWeights]) -> StepRecord:
+def _record_of(
+    step: int, single: bool, found: Sequence[AnyWeights], suspects: tuple[Suspect, ...]
+) -> StepRecord:
     buckets = [w.read() if isinstance(w, DeviceWeights) else w for w in found]
     if single:
-        return StepRecord(step, **vars(buckets[0]))
+        return StepRecord(step, **vars(buckets[0]), suspects=suspects)
     return StepRecord(
         step,
         np.stack([w.gramian for w in buckets]),
@@ -171,4 +191,5 @@ def _record_of(step: int, single: bool, found: Sequence[AnyWeights]) -> StepReco
         tuple(w.status for w in buckets),
         tuple(w.active for w in buckets),
         tuple(w.dropped for w in buckets),
+        suspects,
     )

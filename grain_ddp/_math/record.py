@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grain_ddp._math.status import Status
+from grain_ddp._math.suspect import Suspect
 
 Array = NDArray[np.float64]
 
@@ -33,8 +34,9 @@ class StepRecord:
         status: [b] how the weights were found, and how well; ``str(status)`` explains it.
         active: [b] indices of the groups that were counted, in order.
         dropped: [b] indices of the groups left out because their gradient was not finite
-            (``nonfinite="drop"``). A group that is neither active nor dropped was absent: its
+            (``nonfinite="drop"``) or a rank of theirs was suspect (``guard="drop"``). A group that is neither active nor dropped was absent: its
             gradient was exactly zero.
+        suspects: ranks that stood out since the record before (`guard`, `check_replicas`).
     """
 
     step: int
@@ -44,6 +46,8 @@ class StepRecord:
     status: Status | tuple[Status, ...]
     active: tuple[int, ...] | tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    # From a factory: a default would hide what a `PendingRecord` has to read.
+    suspects: tuple[Suspect, ...] = field(default_factory=tuple)
 
     @cached_property
     def _total(self) -> tuple[Array, Array, float]:

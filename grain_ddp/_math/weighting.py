@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,6 +168,7 @@ def weigh(
     cap: float | None = None,
     normalize: bool = False,
     nonfinite: str = "propagate",
+    left_out: Sequence[int] = (),
     seed: int = 0,
 ) -> Weights:
     """Weights of the n groups from their Gramian ``[n, n]`` (float64).
@@ -175,7 +176,8 @@ def weigh(
     A group whose gradient is zero is absent: it gets weight 0 (except from "mean", which divides by
     n whatever the gradients are, as plain averaging does). With ``nonfinite="drop"`` so does one
     whose gradient is not finite. Otherwise, or if no group is finite, all weights are 1/n, so that
-    the NaN or inf comes out as it would from averaging.
+    the NaN or inf comes out as it would from averaging. Groups that are `left_out` get weight 0 in
+    any case.
 
     A callable sees the Gramian of the groups that count. It runs with torch's global random
     generator seeded by `seed` and restored afterwards, so that all ranks draw alike.
@@ -192,7 +194,7 @@ def weigh(
             return weights, solution.status
         return RULES[weighting](inner, cap)
 
-    return _weigh(gramian, weighting, nonfinite, rule)
+    return _weigh(gramian, weighting, nonfinite, rule, left_out)
 
 
 def weigh_tensor(
@@ -202,6 +204,7 @@ def weigh_tensor(
     cap: float | None = None,
     normalize: bool = False,
     nonfinite: str = "propagate",
+    left_out: Sequence[int] = (),
     seed: int = 0,
 ) -> Weights | DeviceWeights:
     """`weigh`, of a Gramian on any device.
@@ -209,13 +212,21 @@ def weigh_tensor(
     On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
     wait. Else the Gramian is copied to the CPU, and the host waits for it.
     """
-    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize:
+    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize and not left_out:
         from grain_ddp._math.kernel_solver import LARGEST
 
         if len(gramian) <= LARGEST:
             return DeviceWeights(gramian, weighting, cap, nonfinite)
     host = to_host(gramian).numpy()
-    return weigh(host, weighting, cap=cap, normalize=normalize, nonfinite=nonfinite, seed=seed)
+    return weigh(
+        host,
+        weighting,
+        cap=cap,
+        normalize=normalize,
+        nonfinite=nonfinite,
+        left_out=left_out,
+        seed=seed,
+    )
 
 
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:
@@ -240,17 +251,21 @@ def _weigh(
     weighting: Weighting,
     nonfinite: str,
     rule: Callable[[Array, Indices], tuple[Array, Status]],
+    left_out: Sequence[int] = (),
 ) -> Weights:
     """By a rule that sees the Gramian of the groups that count, and which they are."""
     n = len(gramian)
     squares = np.diagonal(gramian)
     finite = np.isfinite(squares)
-    dropped: tuple[int, ...] = ()
-    if not finite.all():
-        if nonfinite != "drop" or not finite.any():
+    wanted = np.ones(n, dtype=bool)
+    wanted[list(left_out)] = False
+    dropped = tuple(left_out)
+    if not finite[wanted].all():
+        if nonfinite != "drop" or not finite[wanted].any():
             every = tuple(range(n))
             return Weights(gramian, np.full(n, 1 / n), Status.NOT_FINITE, every, (), float("nan"))
-        dropped = tuple(np.flatnonzero(~finite).tolist())
+        dropped = tuple(np.flatnonzero(~(finite & wanted)).tolist())
+    finite &= wanted
     counted = finite if weighting == "mean" else finite & (squares > 0)
     active = np.flatnonzero(counted)
     weights = np.zeros(n)

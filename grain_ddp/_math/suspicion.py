@@ -1,0 +1,272 @@
+"""Whose gradient stands out: from a few numbers of each gradient, and those of past steps.
+
+The numbers are the largest entry and the norm of each tensor's gradient, of every row (a rank, or a
+pass of one). Only their logarithms enter. What is compared between rows, less the median row:
+
+- ``peak``: a tensor's largest entry, less how much larger this row's tensors are in general;
+- ``ratio``: a tensor's largest entry over its norm, in which the row's scale cancels;
+- ``total``: the norm of the whole gradient.
+
+A fault leaves a large entry in some tensor; a hard batch makes all of them larger, and cancels. How
+far such a deviation goes in sound steps is learned for every channel: its upper decile, and by how
+much that is exceeded on average. The logarithm's tail is taken to fall exponentially (a power law of
+the gradients themselves, the heaviest that they show), as in peaks over threshold (Davison and
+Smith 1990). So a deviation has a chance, and its score is -log of it.
+
+Small deviations that stay are found by their moving mean (an EWMA chart, Roberts 1959).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grain_ddp._math.record import Array
+
+STEPS_PER_FALSE_ALARM = 10_000
+
+MEMORY = 100
+"""Over so many steps the habits of a channel are learned."""
+
+WARM_UP = 30
+"""Before so many steps only what is some hundred times too large is seen."""
+
+SHARE = 0.1
+"""Of the deviations in sound steps: how many are in the tail that is learned."""
+
+FINEST = 0.01
+"""A deviation by 1 % never costs more than a factor e of its chance."""
+
+CALM = 1.4
+"""By this factor the deviations of all rows may grow from step to step, and nothing is made of it."""
+
+LONG = 200
+"""Over so many steps small deviations are averaged."""
+
+LASTING = 7.0
+"""So many of its standard deviations is a mean of sound steps never off."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row that stands out: how, in which tensor (None: in all of it), and -log of its chance."""
+
+    row: int
+    kind: str
+    tensor: int | None
+    score: float
+
+
+class History:
+    """What the rows of past steps were like, and `look` at the next ones. Float64, no chance.
+
+    Args:
+        rows: how many there are.
+        tensors: of how many tensors a gradient consists.
+    """
+
+    def __init__(self, rows: int, tensors: int) -> None:
+        self._rows, self._tensors, self._steps = rows, tensors, 0
+        channels = 3 * tensors + 1
+        # -log of the chance at which one of the channels of one of the rows is a false alarm
+        self.threshold = math.log(STEPS_PER_FALSE_ALARM * rows * channels)
+        self._level = np.zeros(2 * tensors + 1)  # of the median row: only one or two rows need it
+        self._edge = np.full(channels, 1.0)  # where the tail begins
+        self._decay = np.full(channels, 0.4)  # by how much that is exceeded, on average
+        self._spread = np.full(channels, 1.0)  # the mean deviation
+        self._first: list[Array] = []  # deviations of the first steps
+        self._mean = np.zeros((rows, channels))  # of deviations over their spread
+        self._weight = 0.0  # of the steps in that mean
+        self._nonzero = np.zeros(tensors)  # steps since the tensor was zero in some row
+        self._present = np.ones(rows, dtype=bool)
+        self._last: tuple[Array, Array] | None = None
+
+    def look(self, peaks: Array, norms: Array) -> list[Finding]:
+        """The rows that stand out in a step; the others are learned from.
+
+        Args:
+            peaks: the largest absolute entries, ``[rows, tensors]``.
+            norms: the norms, ``[rows, tensors]``.
+
+        Returns:
+            One finding for each such row: the one with the highest score.
+        """
+        found = self._plain(peaks, norms)
+        values = _channels(peaks, norms)
+        deviations = self._deviations(values)
+        scores = self._scores(deviations)
+        scores[[one.row for one in found]] = -np.inf
+        rows = np.flatnonzero(np.isfinite(values[:, -1]))  # the others are absent, or not finite
+        large = [int(row) for row in rows if scores[row].max() > self.threshold]
+        if len(found) + len(large) <= self._rows / 2:  # else it is the median that is off
+            for row in large:
+                channel = int(scores[row].argmax())
+                found.append(self._finding(row, channel, float(scores[row, channel])))
+        out = {one.row for one in found}
+        sound = [row for row in rows if row not in out]
+        if len(sound) > self._rows // 2 or self._rows <= 2:
+            self._learn(values, deviations, np.array(sound, dtype=int))
+            found += [one for one in self._lasting() if one.row not in out]
+        self._last = peaks, norms
+        return sorted(found, key=lambda one: one.row)
+
+    def _plain(self, peaks: Array, norms: Array) -> list[Finding]:
+        """What needs no statistics, where it is so in at most half of the rows."""
+        found: dict[int, Finding] = {}
+        half, certain = self._rows / 2, self.threshold
+
+        def add(rows: Array, kind: str, tensors: Array | None = None, score: float = 0.0) -> None:
+            if 0 < rows.sum() <= half:
+                for row in np.flatnonzero(rows):
+                    tensor = None if tensors is None else int(tensors[row].argmax())
+                    found.setdefault(int(row), Finding(int(row), kind, tensor, certain + score))
+
+        broken = ~np.isfinite(peaks)
+        add(broken.any(1), "nonfinite", broken, math.inf)
+        present = (peaks > 0).any(1)  # NaN is not, and was found
+        absent = ~present & ~broken.any(1)
+        add(absent & self._present, "zero")
+        zero = (peaks == 0) & present[:, None]
+        new = zero & (self._nonzero >= MEMORY)
+        add(new.any(1), "zero", new)
+        if self._last is not None:
+            same = (peaks == self._last[0]).all(1) & (norms == self._last[1]).all(1)
+            add(same & present, "stale")
+        self._nonzero = np.where(zero.any(0), 0, self._nonzero + 1)
+        self._present = ~absent
+        return list(found.values())
+
+    def _deviations(self, values: Array) -> Array:
+        """Of the channels ``[rows, channels]`` from the median row; NaN where there is nothing."""
+        t = self._tensors
+        compared = values
+        if self._rows <= 2:  # with the past as a third, the one of two that is off is known
+            compared = np.concatenate([values, self._level[None]])
+            if self._steps == 0:
+                compared = values
+        centre = _median(compared, 0)
+        self._centre = centre
+        deviations = values - centre
+        # Of peaks there are two: as they are, and less what the row's tensors have in common.
+        alone = deviations[:, :t] - _median(deviations[:, :t], 1)[:, None]
+        return np.concatenate([alone, deviations], 1)
+
+    def _scores(self, deviations: Array) -> Array:
+        """-log of the chance of a deviation as large, for those in the tail, else -inf.
+
+        As the decay is the mean of `count` deviations in the tail, the chance is (1 + x/count)^-count
+        for one that exceeds the edge x times as far.
+        """
+        count = SHARE * self._rows * min(max(self._steps, WARM_UP), 2 * MEMORY)
+        with np.errstate(invalid="ignore"):
+            excess = (deviations / self._unrest(deviations) - self._edge) / self._decay
+            scores = count * np.log1p(np.maximum(excess, 0) / count) - math.log(SHARE)
+            return np.where(excess > 0, scores, -np.inf)
+
+    def _unrest(self, deviations: Array) -> float:
+        """By what factor the typical row deviates more than it did: in a spike of the loss, say."""
+        with np.errstate(invalid="ignore"):
+            typical = _median(np.abs(deviations) / self._spread, 1)
+        typical = np.sort(typical[np.isfinite(typical)])
+        if not len(typical) or self._steps < WARM_UP:
+            return 1.0
+        return max(float(typical[(len(typical) - 1) // 2]) / self._typical / CALM, 1.0)
+
+    def _finding(self, row: int, channel: int, score: float) -> Finding:
+        tensor = None if channel == 3 * self._tensors else channel % self._tensors
+        return Finding(row, "norm" if tensor is None else "peak", tensor, score)
+
+    def _learn(self, values: Array, deviations: Array, rows: Array) -> None:
+        """Take the sound rows into account."""
+        self._steps += 1
+        unrest = self._unrest(deviations)
+        some = deviations[rows] / unrest
+        known = np.isfinite(some)
+        some = np.where(known, some, 0.0)
+        rate = 1 / min(self._steps, MEMORY)
+        self._level = np.where(
+            np.isfinite(self._centre), self._level + rate * (self._centre - self._level), self._level
+        )
+        size = np.minimum(np.abs(some), 4 * self._spread if self._steps > WARM_UP else np.inf)
+        self._spread = np.maximum(self._spread + rate * (size.mean(0) - self._spread), FINEST)
+        typical = float(np.median(np.abs(some) / self._spread))
+        before = 1.0 if self._steps == 1 else self._typical
+        self._typical = max(before + rate * (typical / 1.0 - before), 1e-3)
+        if self._steps <= WARM_UP:
+            self._first.append(some)
+            if self._steps == WARM_UP:
+                every = np.concatenate(self._first)
+                self._edge = np.quantile(every, 1 - SHARE, axis=0)
+                over = np.maximum(every - self._edge, 0).mean(0) / SHARE
+                self._decay = np.maximum(over, FINEST)
+                self._first = []
+            return
+        over = some - self._edge
+        self._edge = self._edge + rate * self._decay * ((over > 0).mean(0) / SHARE - 1)
+        excess = np.where(over > 0, np.minimum(over, 5 * self._decay) - self._decay, 0.0)
+        self._decay = np.maximum(self._decay + rate * excess.mean(0) / SHARE, FINEST)
+        units = np.clip(some / (1.25 * self._spread), -4, 4)
+        self._mean[rows] += (units - self._mean[rows]) / LONG
+        self._weight += (1 - self._weight) / LONG
+
+    def _lasting(self) -> list[Finding]:
+        """Rows whose deviations do not average out; they begin anew."""
+        if self._weight < 0.1:
+            return []
+        # Of a mean of independent deviations; or more, where the rows' data differ.
+        expected = math.sqrt((1 - (1 - self._weight) ** 2) / (2 * LONG))
+        usual = np.maximum(1.5 * np.median(np.abs(self._mean), 0), expected)
+        usual = np.maximum(usual, 1.5 * np.median(np.abs(self._mean)))
+        size, found = np.abs(self._mean) / usual, []
+        for row in np.flatnonzero((size > LASTING).any(1)):
+            channel = int(size[row].argmax())
+            found.append(self._finding(int(row), channel, float(size[row, channel] ** 2 / 2)))
+            self._mean[row] = 0
+        return found
+
+
+def _channels(peaks: Array, norms: Array) -> Array:
+    """Peaks, ratios and the total norm, as logarithms ``[rows, 2 tensors + 1]``; else NaN."""
+    norms = np.where(np.isfinite(norms), norms, peaks)  # its square has left the dtype
+    with np.errstate(all="ignore"):
+        largest = norms.max(1, keepdims=True)
+        total = np.log(largest) + 0.5 * np.log(np.square(norms / largest).sum(1, keepdims=True))
+        logs = np.log(peaks)
+        values = np.concatenate([logs, logs - np.log(norms), total], 1)
+    values[~np.isfinite(values)] = np.nan
+    return values
+
+
+def _median(values: Array, axis: int) -> Array:
+    """Along an axis, of what is no NaN; NaN where nothing is."""
+    if not np.isnan(values).any():
+        result: Array = np.median(values, axis)
+        return result
+    ordered = np.sort(values, axis)  # NaN comes last
+    count = np.isfinite(values).sum(axis)
+    low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, values.shape[axis] - 1)
+    low, high = (np.expand_dims(index, axis) for index in (low, high))
+    both = np.take_along_axis(ordered, low, axis) + np.take_along_axis(ordered, high, axis)
+    return np.squeeze(both, axis) / 2
+
+
+def minority(digests: NDArray[np.int64], wanted: NDArray[np.bool_]) -> list[Finding]:
+    """The rows that differ from most others, or where no most are, all that differ from any.
+
+    Args:
+        digests: ``[rows, tensors]``.
+        wanted: which tensors count, ``[tensors]``.
+    """
+    found: dict[int, Finding] = {}
+    for tensor in np.flatnonzero(wanted & (digests != digests[0]).any(0)):
+        column = digests[:, tensor]
+        _, which, counts = np.unique(column, return_inverse=True, return_counts=True)
+        largest = counts == counts.max()
+        right = counts.argmax() if largest.sum() == 1 else -1
+        for row in np.flatnonzero(which != right):
+            found.setdefault(int(row), Finding(int(row), "replica", int(tensor), math.inf))
+    return [found[row] for row in sorted(found)]
