@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.state import GrainState
+from grain_ddp._math.suspect import FaultyWorker
 from grain_ddp._wire.torch_wire import TorchWire, default_group
 
 
@@ -156,7 +157,10 @@ class _Hook:
         parts = [(self._names.get(id(p), id(p)), p.numel()) for p in parameters]
         aggregation.push(buffer, lambda: future.set_result(buffer), parts)
         if bucket.is_last() or (bucket.index() == 0 and len(self._seen) == self._trained):
-            aggregation.finish()
+            try:
+                aggregation.finish()
+            except FaultyWorker as error:  # not from in here, or DDP could not go on after it
+                _after_backward(error)
         elif first and self._skips:
             with contextlib.suppress(RuntimeError):  # not in a backward pass: `Join`
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -195,6 +199,19 @@ class _Hook:
     def _finish(self) -> None:
         if self.aggregation.pending:
             self.aggregation.finish()
+
+
+def _after_backward(error: Exception) -> None:
+    """Raise it when DDP has completed its pass, for which it queues a callback after this one."""
+
+    def fail() -> None:
+        raise error
+
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    try:
+        queue(lambda: queue(fail))
+    except RuntimeError:  # not in a backward pass: `Join`
+        raise error from None
 
 
 def _name(model: DistributedDataParallel) -> str:

@@ -148,7 +148,7 @@ def rare(seed: int) -> Task:
 
 
 def tailed(seed: int) -> Task:
-    """Regression whose noise has Student's t with 2.5 degrees of freedom: some batches stand out."""
+    """Regression whose noise has Student's t with 2.5 degrees of freedom: outliers."""
     torch.manual_seed(seed)
     teacher = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 1)).requires_grad_(False)
     model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh())

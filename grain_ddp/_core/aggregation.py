@@ -155,11 +155,6 @@ class Aggregation:
                 self._arrive_all()
                 self._reduce_all()
                 self._complete_all()
-                found = [bucket.weights for bucket in buckets if bucket.weights is not None]
-                if self.options.records(self.state.step) and self._kind.has_gramian:
-                    record = record_of(self.state, found, self.guard.take())
-                elif self.guard.found:
-                    record = record_of(self.state, found or [uniform(self.size)], self.guard.take())
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
         self._buckets = []
@@ -170,11 +165,19 @@ class Aggregation:
         if self._last_pass:
             self._passes.drop()
             self.guard.drop()
+            record = self._record(buckets)
             self.state.advance(record)
         else:
             self._passes.done += 1
             self.guard.end_pass()
         return record
+
+    def _record(self, buckets: list[_Bucket]) -> StepRecord | None:
+        """The record, if one is due, or if a rank is suspect. FaultyWorker if that is an error."""
+        found, suspects = [b.weights for b in buckets if b.weights is not None], self.guard.take()
+        if self._kind.has_gramian and (self.options.records(self.state.step) or suspects):
+            return record_of(self.state, found, suspects)
+        return record_of(self.state, [uniform(self.size)], suspects) if suspects else None
 
     @property
     def _last_pass(self) -> bool:

@@ -12,13 +12,14 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def numbers(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute entries and the norms of tensors, none empty: float64 ``[2, tensors]``."""
-    if tensors[0].dtype == torch.float64:
-        wide = None
-    else:
-        wide = torch.float32
-    peaks = torch._foreach_norm(tensors, math.inf)
-    norms = torch._foreach_norm(tensors, 2, dtype=wide)
+    """The largest absolute entries and the norms of tensors, float64 ``[2, tensors]``.
+
+    None of them may be empty.
+    """
+    every = list(tensors)
+    wide = torch.promote_types(every[0].dtype, torch.float32)
+    peaks = torch._foreach_norm(every, math.inf)
+    norms = torch._foreach_norm(every, 2, dtype=wide)
     return torch.stack([torch.stack(peaks).double(), torch.stack(norms).double()])
 
 

@@ -1,4 +1,4 @@
-"""Which rank's gradient or model stands out: a few numbers of every tensor, exchanged once a step."""
+"""Which rank's gradient or model stands out: a few numbers of every tensor, once a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from grain_ddp._core.digest import bits, numbers
 from grain_ddp._core.options import Options
@@ -42,7 +43,7 @@ class Numbers:
 
     @property
     def arrived(self) -> bool:
-        return self._ready is None or self._ready.query()
+        return self._ready is None or bool(self._ready.query())  # type: ignore[no-untyped-call]
 
     def rows(self) -> Tensor:
         """The numbers on the host: waits for them."""
@@ -73,7 +74,7 @@ class Guard:
         self._histories: dict[tuple[str, ...], History] = {}
         self._strikes: Counter[int] = Counter()
         self._queue: list[Numbers] = []
-        self._versions: dict[str, int] = {}  # of buffers, when replicas were compared
+        self._compared = torch.empty(0)  # the digests of the model, the last time
         self.found: list[Suspect] = []  # since the last record
         self.places = [("", "")] * wire.size
         if self._action or self._every:
@@ -120,11 +121,7 @@ class Guard:
         return Numbers(step, names, *self._wire.share(own.view(-1), "the numbers of the gradients"))
 
     def judge(self, begun: Numbers | None) -> None:
-        """Decide on what was begun; with "warn" on a GPU, on what has reached the host meanwhile.
-
-        Raises:
-            FaultyWorker: on every rank, with ``guard="raise"``.
-        """
+        """Decide on what was begun. With "warn" on a GPU: on what has reached the host since."""
         if begun is not None:
             begun.fetch()
             self._queue.append(begun)
@@ -144,7 +141,7 @@ class Guard:
         self._tell(numbers.step, names, found)
 
     def _tell(self, step: int, names: Sequence[str], found: Sequence[Finding]) -> None:
-        """Name the ranks: in the log of rank 0, in the next record, or by an error."""
+        """Name the ranks: in the log of rank 0, and in the next record or error."""
         suspects = []
         for one in found:
             rank = one.row // self._passes
@@ -156,12 +153,16 @@ class Guard:
                 out = one.row in self.left_out
                 logger.warning("%s%s", suspects[-1], " Its gradient is left out." * out)
         self.found += suspects
-        if self._action == "raise" and suspects:
-            raise FaultyWorker(suspects)
 
     def take(self) -> tuple[Suspect, ...]:
-        """The suspects since the last record."""
+        """The suspects since the last record.
+
+        Raises:
+            FaultyWorker: on every rank, if there are any, with ``guard="raise"``.
+        """
         found, self.found = tuple(self.found), []
+        if self._action == "raise" and found:
+            raise FaultyWorker(found)
         return found
 
     # The replicas.
@@ -169,27 +170,24 @@ class Guard:
     def compare_replicas(self, step: int) -> None:
         """If it is time to, compare the model with those of the other ranks.
 
-        A buffer that was written since the last time is not compared: batch norm's statistics are
-        each rank's own.
-
-        Raises:
-            FaultyWorker: on every rank, with ``guard="raise"``.
+        A buffer that has changed since the last time is not compared: batch norm's statistics are
+        each rank's own. (One that was damaged is, the next time.)
         """
         if not self._every or step % self._every or not hasattr(self._owner, "replica"):
             return
         model = self._owner.replica()
+        if not model:
+            return
         names = [name for name, _ in model]
-        written = [
-            not tensor.requires_grad and self._versions.get(name) != tensor._version
-            for name, tensor in model
-        ]
-        self._versions = {name: tensor._version for name, tensor in model}
         sums = bits([tensor for _, tensor in model])
-        own = torch.cat([sums, torch.tensor(written).to(sums)])
+        known = self._compared if len(self._compared) == len(sums) else sums + 1
+        constant = torch.tensor([isinstance(tensor, Parameter) for _, tensor in model])
+        own = torch.cat([sums, ((sums != known) & ~constant.to(sums.device)).to(sums)])
+        self._compared = sums
         transfer, rows = self._wire.share(own, "the comparison of the models")
         transfer.wait()
         digests, flags = rows.cpu().view(self._wire.size, 2, -1).numpy().swapaxes(0, 1)
-        found = minority(digests, ~flags.any(0))
+        found = minority(digests, flags.sum(0) == 0)
         found = [Finding(one.row * self._passes, one.kind, one.tensor, one.score) for one in found]
         self._tell(step, names, found)
 

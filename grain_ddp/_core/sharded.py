@@ -17,6 +17,7 @@ from torch import Tensor
 from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
 from grain_ddp._core.columns import Columns
+from grain_ddp._core.guard import Guard
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
@@ -101,6 +102,7 @@ class ShardedAggregation:
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
         self._limit = int(min(scratch, SCRATCH_BYTES))
         self._marks = Marks()
+        self.guard = Guard(options, wire, owner)
         self.drop()
 
     def __str__(self) -> str:
@@ -112,6 +114,7 @@ class ShardedAggregation:
         self._found: list[AnyWeights] = []
         self._buckets: list[_Bucket] = []  # not weighed yet
         self._scratch = Scratch()
+        self.guard.drop()
 
     @property
     def pending(self) -> bool:
@@ -121,13 +124,15 @@ class ShardedAggregation:
     def push(self, owned: Sequence[Views]) -> None:
         """Aggregate ``owned[j]``, flat views of this rank's gradient that belong to rank j.
 
-        All are of one dtype.
+        All are of one dtype. What they consist of, by name, goes to ``guard.note`` before.
         """
         try:
             if self._kind is None:
                 self._kind = self.options.kind(self.state.step)
                 self._marks.begin(self.state.step)
+            numbers = self.guard.begin(self.state.step) if self._leaves_out_per_push else None
             self._receive(owned)
+            self.guard.judge(numbers)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -137,17 +142,31 @@ class ShardedAggregation:
     def finish(self) -> StepRecord | None:
         """Complete the step. Returns its record, if one is due."""
         try:
+            self.guard.compare_replicas(self.state.step)
+            self.guard.judge(self.guard.begin(self.state.step))
             if self._buckets:
                 self._weigh()
             found, kind, record = self._found, self._kind, None
-            if kind is not None and kind.has_gramian and self.options.records(self.state.step):
-                record = record_of(self.state, found)
             self._kind, self._found = None, []
+            self.guard.drop()
+            suspects = self.guard.take()
+            if (
+                kind is not None
+                and kind.has_gramian
+                and (self.options.records(self.state.step) or suspects)
+            ):
+                record = record_of(self.state, found, suspects)
+            elif suspects:
+                record = record_of(self.state, [uniform(self.wire.size)], suspects)
         except BaseException:
             self.drop()
             raise
         self.state.advance(record)
         return record
+
+    @property
+    def _leaves_out_per_push(self) -> bool:
+        return self.options.guard == "drop" and self.options.scope == "bucket"
 
     def _receive(self, owned: Sequence[Views]) -> None:
         """Exchange the parts, two sets of columns at a time, and add up the Gramian of the rows."""
@@ -193,7 +212,8 @@ class ShardedAggregation:
         if self._kind.has_gramian:
             total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
             every = [columns for bucket in buckets for columns in bucket.columns]
-            summed = GramianSum(self.state, self.wire, total, every, self._marks)
+            left_out = sorted(self.guard.left_out)
+            summed = GramianSum(self.state, self.wire, total, every, self._marks, left_out)
             found, exact = summed.weights(), summed.exact
         for bucket in buckets:
             factors = found.factors_for(bucket.like, exact=exact) * self.scale

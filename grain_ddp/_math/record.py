@@ -34,8 +34,8 @@ class StepRecord:
         status: [b] how the weights were found, and how well; ``str(status)`` explains it.
         active: [b] indices of the groups that were counted, in order.
         dropped: [b] indices of the groups left out because their gradient was not finite
-            (``nonfinite="drop"``) or a rank of theirs was suspect (``guard="drop"``). A group that is neither active nor dropped was absent: its
-            gradient was exactly zero.
+            (``nonfinite="drop"``) or a rank of theirs was suspect (``guard="drop"``). A group that
+            is neither active nor dropped was absent: its gradient was exactly zero.
         suspects: ranks that stood out since the record before (`guard`, `check_replicas`).
     """
 

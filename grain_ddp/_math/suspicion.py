@@ -9,23 +9,27 @@ pass of one). Only their logarithms enter. What is compared between rows, less t
 
 A fault leaves a large entry in some tensor; a hard batch makes all of them larger, and cancels. How
 far such a deviation goes in sound steps is learned for every channel: its upper decile, and by how
-much that is exceeded on average. The logarithm's tail is taken to fall exponentially (a power law of
-the gradients themselves, the heaviest that they show), as in peaks over threshold (Davison and
+much that is exceeded on average. The logarithm's tail is taken to fall exponentially (a power law
+of the gradients themselves, the heaviest that they show), as in peaks over threshold (Davison and
 Smith 1990). So a deviation has a chance, and its score is -log of it.
 
-Small deviations that stay are found by their moving mean (an EWMA chart, Roberts 1959).
+Small deviations that stay are found by the moving mean of the norms' (an EWMA chart, Roberts 1959),
+as far as the other tensors do not explain it: a hard batch changes all norms together, so what is
+left of a tensor's is several times smaller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grain_ddp._math.record import Array
+
+Mask = NDArray[np.bool_]
 
 STEPS_PER_FALSE_ALARM = 10_000
 
@@ -41,14 +45,20 @@ SHARE = 0.1
 FINEST = 0.01
 """A deviation by 1 % never costs more than a factor e of its chance."""
 
-CALM = 1.4
-"""By this factor the deviations of all rows may grow from step to step, and nothing is made of it."""
+CALM = 1.6
+"""By this factor the deviations of all rows may grow before it is taken into account."""
 
-LONG = 200
+LONG = 250
 """Over so many steps small deviations are averaged."""
 
-LASTING = 7.0
-"""So many of its standard deviations is a mean of sound steps never off."""
+LASTING = 6.0
+"""By so many standard deviations a mean of sound steps is never off."""
+
+EVERY = 25
+"""How often these means are looked at."""
+
+MOST = 512
+"""Of so many tensors at most: their covariance is a matrix."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,14 @@ class History:
         channels = 3 * tensors + 1
         # -log of the chance at which one of the channels of one of the rows is a false alarm
         self.threshold = math.log(STEPS_PER_FALSE_ALARM * rows * channels)
-        self._level = np.zeros(2 * tensors + 1)  # of the median row: only one or two rows need it
+        self._centre = np.zeros(2 * tensors + 1)  # of the rows
+        self._level = np.zeros(2 * tensors + 1)  # where that was
         self._edge = np.full(channels, 1.0)  # where the tail begins
         self._decay = np.full(channels, 0.4)  # by how much that is exceeded, on average
         self._spread = np.full(channels, 1.0)  # the mean deviation
+        self._usual = 1.0  # of the typical row's deviation, over that
         self._first: list[Array] = []  # deviations of the first steps
-        self._mean = np.zeros((rows, channels))  # of deviations over their spread
-        self._weight = 0.0  # of the steps in that mean
+        self._slow = _Slow(rows, tensors)
         self._nonzero = np.zeros(tensors)  # steps since the tensor was zero in some row
         self._present = np.ones(rows, dtype=bool)
         self._last: tuple[Array, Array] | None = None
@@ -107,10 +118,10 @@ class History:
                 channel = int(scores[row].argmax())
                 found.append(self._finding(row, channel, float(scores[row, channel])))
         out = {one.row for one in found}
-        sound = [row for row in rows if row not in out]
-        if len(sound) > self._rows // 2 or self._rows <= 2:
-            self._learn(values, deviations, np.array(sound, dtype=int))
-            found += [one for one in self._lasting() if one.row not in out]
+        sound = np.array([row for row in rows if row not in out], dtype=np.int64)
+        if len(sound) >= self._rows / 2:
+            self._learn(deviations, sound)
+            found += [one for one in self._slow.look(values, sound) if one.row not in out]
         self._last = peaks, norms
         return sorted(found, key=lambda one: one.row)
 
@@ -119,7 +130,7 @@ class History:
         found: dict[int, Finding] = {}
         half, certain = self._rows / 2, self.threshold
 
-        def add(rows: Array, kind: str, tensors: Array | None = None, score: float = 0.0) -> None:
+        def add(rows: Any, kind: str, tensors: Any = None, score: float = 0.0) -> None:
             if 0 < rows.sum() <= half:
                 for row in np.flatnonzero(rows):
                     tensor = None if tensors is None else int(tensors[row].argmax())
@@ -127,7 +138,7 @@ class History:
 
         broken = ~np.isfinite(peaks)
         add(broken.any(1), "nonfinite", broken, math.inf)
-        present = (peaks > 0).any(1)  # NaN is not, and was found
+        present = (peaks > 0).any(1)
         absent = ~present & ~broken.any(1)
         add(absent & self._present, "zero")
         zero = (peaks == 0) & present[:, None]
@@ -144,13 +155,10 @@ class History:
         """Of the channels ``[rows, channels]`` from the median row; NaN where there is nothing."""
         t = self._tensors
         compared = values
-        if self._rows <= 2:  # with the past as a third, the one of two that is off is known
+        if self._rows <= 2 and self._steps:  # with the past as a third, it shows which one is off
             compared = np.concatenate([values, self._level[None]])
-            if self._steps == 0:
-                compared = values
-        centre = _median(compared, 0)
-        self._centre = centre
-        deviations = values - centre
+        self._centre = _median(compared, 0)
+        deviations = values - self._centre
         # Of peaks there are two: as they are, and less what the row's tensors have in common.
         alone = deviations[:, :t] - _median(deviations[:, :t], 1)[:, None]
         return np.concatenate([alone, deviations], 1)
@@ -158,8 +166,8 @@ class History:
     def _scores(self, deviations: Array) -> Array:
         """-log of the chance of a deviation as large, for those in the tail, else -inf.
 
-        As the decay is the mean of `count` deviations in the tail, the chance is (1 + x/count)^-count
-        for one that exceeds the edge x times as far.
+        The decay is the mean of `count` deviations in the tail. So the chance of one that exceeds
+        the edge x times as far is (1 + x/count)^-count.
         """
         count = SHARE * self._rows * min(max(self._steps, WARM_UP), 2 * MEMORY)
         with np.errstate(invalid="ignore"):
@@ -168,34 +176,30 @@ class History:
             return np.where(excess > 0, scores, -np.inf)
 
     def _unrest(self, deviations: Array) -> float:
-        """By what factor the typical row deviates more than it did: in a spike of the loss, say."""
-        with np.errstate(invalid="ignore"):
-            typical = _median(np.abs(deviations) / self._spread, 1)
-        typical = np.sort(typical[np.isfinite(typical)])
-        if not len(typical) or self._steps < WARM_UP:
-            return 1.0
-        return max(float(typical[(len(typical) - 1) // 2]) / self._typical / CALM, 1.0)
+        """By what factor all rows deviate more than they did: in a spike of the loss, say."""
+        typical = self._typical_row(deviations)
+        grown = typical / self._usual if self._steps >= WARM_UP else 1.0
+        return grown if grown > CALM else 1.0
+
+    def _typical_row(self, deviations: Array) -> float:
+        """How far the median row, or the lower of two, deviates in its median channel."""
+        rows = np.sort(_median(np.abs(deviations) / self._spread, 1))  # NaN comes last
+        known = int(np.isfinite(rows).sum())
+        return float(rows[(known - 1) // 2]) if known else 0.0
 
     def _finding(self, row: int, channel: int, score: float) -> Finding:
         tensor = None if channel == 3 * self._tensors else channel % self._tensors
         return Finding(row, "norm" if tensor is None else "peak", tensor, score)
 
-    def _learn(self, values: Array, deviations: Array, rows: Array) -> None:
+    def _learn(self, deviations: Array, rows: NDArray[np.int64]) -> None:
         """Take the sound rows into account."""
+        some = np.nan_to_num(deviations[rows] / self._unrest(deviations))
         self._steps += 1
-        unrest = self._unrest(deviations)
-        some = deviations[rows] / unrest
-        known = np.isfinite(some)
-        some = np.where(known, some, 0.0)
         rate = 1 / min(self._steps, MEMORY)
-        self._level = np.where(
-            np.isfinite(self._centre), self._level + rate * (self._centre - self._level), self._level
-        )
+        self._level += rate * np.nan_to_num(self._centre - self._level)
         size = np.minimum(np.abs(some), 4 * self._spread if self._steps > WARM_UP else np.inf)
         self._spread = np.maximum(self._spread + rate * (size.mean(0) - self._spread), FINEST)
-        typical = float(np.median(np.abs(some) / self._spread))
-        before = 1.0 if self._steps == 1 else self._typical
-        self._typical = max(before + rate * (typical / 1.0 - before), 1e-3)
+        self._usual += rate * (self._typical_row(some) - self._usual)
         if self._steps <= WARM_UP:
             self._first.append(some)
             if self._steps == WARM_UP:
@@ -209,24 +213,54 @@ class History:
         self._edge = self._edge + rate * self._decay * ((over > 0).mean(0) / SHARE - 1)
         excess = np.where(over > 0, np.minimum(over, 5 * self._decay) - self._decay, 0.0)
         self._decay = np.maximum(self._decay + rate * excess.mean(0) / SHARE, FINEST)
-        units = np.clip(some / (1.25 * self._spread), -4, 4)
-        self._mean[rows] += (units - self._mean[rows]) / LONG
-        self._weight += (1 - self._weight) / LONG
+
+
+class _Slow:
+    """Deviations of the norms that do not average out."""
+
+    def __init__(self, rows: int, tensors: int) -> None:
+        self._some = np.unique(np.linspace(0, tensors - 1, min(tensors, MOST)).astype(int))
+        size = len(self._some)
+        self._tensors, self._steps = tensors, 0
+        self._mean, self._weight = np.zeros((rows, size)), np.zeros(rows)
+        self._covariance = np.eye(size)
+
+    def look(self, values: Array, sound: NDArray[np.int64]) -> list[Finding]:
+        """Learn from the channels of a step's sound rows, and find rows whose mean is off."""
+        t = self._tensors
+        norms = (values[:, :t] - values[:, t : 2 * t])[:, self._some]
+        deviations = np.nan_to_num(norms - _median(norms, 0))[sound]
+        self._steps += 1
+        rate = 1 / min(self._steps, LONG)
+        spread = np.sqrt(self._covariance.diagonal())
+        if self._steps > WARM_UP:
+            deviations = np.clip(deviations, -4 * spread, 4 * spread)
+            self._mean[sound] += (deviations - self._mean[sound]) / LONG
+            self._weight[sound] += (1 - self._weight[sound]) / LONG
+        if self._steps <= WARM_UP or self._steps % (1 + len(self._some) // 100) == 0:
+            square = deviations.T @ deviations / max(len(sound), 1)
+            self._covariance += rate * (square - self._covariance)
+        return self._lasting() if self._steps % EVERY == 0 and self._steps > 2 * MEMORY else []
 
     def _lasting(self) -> list[Finding]:
-        """Rows whose deviations do not average out; they begin anew."""
-        if self._weight < 0.1:
-            return []
-        # Of a mean of independent deviations; or more, where the rows' data differ.
-        expected = math.sqrt((1 - (1 - self._weight) ** 2) / (2 * LONG))
-        usual = np.maximum(1.5 * np.median(np.abs(self._mean), 0), expected)
-        usual = np.maximum(usual, 1.5 * np.median(np.abs(self._mean)))
-        size, found = np.abs(self._mean) / usual, []
-        for row in np.flatnonzero((size > LASTING).any(1)):
-            channel = int(size[row].argmax())
-            found.append(self._finding(int(row), channel, float(size[row, channel] ** 2 / 2)))
-            self._mean[row] = 0
-        return found
+        """The rows that are off, of which the means begin anew."""
+        size = len(self._some)
+        least = max(1e-3 * float(self._covariance.diagonal().mean()), FINEST**2 / 100)
+        inverse = np.linalg.inv(self._covariance + least * np.eye(size))
+        unexplained, whole = self._mean @ inverse, inverse.sum()
+        deviations = np.concatenate([unexplained, unexplained.sum(1, keepdims=True)], 1)
+        deviations /= np.sqrt(np.append(inverse.diagonal(), whole))
+        # Standard deviations of a mean of independent steps
+        noise = np.sqrt((1 - (1 - self._weight) ** 2) / (2 * LONG - 1))
+        off = np.abs(deviations) / np.maximum(noise, 1e-9)[:, None]
+        off /= max(float(np.median(off)) / 0.6745, 1.0)  # every rank has other data
+        found = []
+        for row in np.flatnonzero((off > LASTING).any(1)):
+            at = int(off[row].argmax())
+            tensor = int(self._some[at]) if at < size else None
+            found.append(Finding(int(row), "norm", tensor, float(off[row, at] ** 2 / 2)))
+            self._mean[row], self._weight[row] = 0, 0
+        return found if len(found) <= len(off) / 2 else []
 
 
 def _channels(peaks: Array, norms: Array) -> Array:
@@ -254,7 +288,7 @@ def _median(values: Array, axis: int) -> Array:
     return np.squeeze(both, axis) / 2
 
 
-def minority(digests: NDArray[np.int64], wanted: NDArray[np.bool_]) -> list[Finding]:
+def minority(digests: NDArray[np.int64], wanted: Mask) -> list[Finding]:
     """The rows that differ from most others, or where no most are, all that differ from any.
 
     Args:

@@ -43,6 +43,8 @@ class Replicated(Owner[Aggregation]):
                 "with sparse=False."
             )
         self.state.step = self.engine.global_steps
+        names = {id(g): f"gradient {j}" for j, g in enumerate(grads)}
+        names |= {id(p.grad): name for name, p in self.engine.module.named_parameters()}
         for dtype in dict.fromkeys(g.dtype for g in grads):
             some = [g for g in grads if g.dtype == dtype]
             limit = elements_per_buffer * dtype.itemsize
@@ -52,7 +54,8 @@ class Replicated(Owner[Aggregation]):
                 some.sort(key=lambda g: g.nbytes < limit)
             for pack in packs(some, limit):
                 flat, copy_back = flatten(pack)
-                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
+                parts = [(names[id(g)], g.numel()) for g in pack]
+                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back), parts)
         self.aggregation.finish()
 
     def after_a_pass(self, *arguments: Any, **options: Any) -> None:
