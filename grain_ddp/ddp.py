@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -195,6 +196,11 @@ class _Hook:
         if model is None:
             return []
         return [*model.module.named_parameters(), *model.module.named_buffers()]
+
+    def local(self) -> AbstractContextManager[None]:
+        """Backward passes of this rank alone."""
+        model = None if self._model is None else self._model()
+        return contextlib.nullcontext() if model is None else model.no_sync()
 
     def _finish(self) -> None:
         if self.aggregation.pending:

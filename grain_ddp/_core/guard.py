@@ -78,7 +78,7 @@ class Guard:
         self.found: list[Suspect] = []  # since the last record
         self.places = [("", "")] * wire.size
         if self._action or self._every:
-            self.places = wire.gather_objects(_place(wire), "the names of the hosts")
+            self.places = wire.gather_objects(place(wire), "the names of the hosts")
         self.drop()
 
     # The step's gradients.
@@ -192,7 +192,7 @@ class Guard:
         self._tell(step, names, found)
 
 
-def _place(wire: Wire) -> tuple[str, str]:
+def place(wire: Wire) -> tuple[str, str]:
     """The name of this host, and of the device that computes, with its serial number."""
     host = socket.gethostname()
     if wire.device.type != "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from grain_ddp._core.options import NAMES, Options
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.weighting import Weighting
 from grain_ddp._wire.wire import Wire
+
+in_use: WeakSet[GrainState] = WeakSet()
+"""The states that serve, or served, an owner."""
 
 
 class Owner(Protocol):
@@ -174,6 +178,7 @@ class GrainState:
             {"the owner of the state": str(owner), **self.options.agreed(), "step": self.step}
         )
         vars(self)["_owner"] = owner
+        in_use.add(self)
 
     # Steps.
 

@@ -138,10 +138,10 @@ class History:
 
         broken = ~np.isfinite(peaks)
         add(broken.any(1), "nonfinite", broken, math.inf)
-        present = (peaks > 0).any(1)
+        present = np.asarray((peaks > 0).any(1))
         absent = ~present & ~broken.any(1)
         add(absent & self._present, "zero")
-        zero = (peaks == 0) & present[:, None]
+        zero: Mask = (peaks == 0) & present.reshape(-1, 1)
         new = zero & (self._nonzero >= MEMORY)
         add(new.any(1), "zero", new)
         if self._last is not None:
