@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import FaultyWorker, GrainState, grain_hook, reduce_gradients
 
-BAD, WHEN = 2, 44
+BAD, WHEN = 2, 64
 """The faulty rank, and the step of its fault."""
 
 

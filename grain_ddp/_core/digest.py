@@ -18,9 +18,13 @@ def numbers(tensors: Sequence[Tensor]) -> Tensor:
     """
     every = list(tensors)
     wide = torch.promote_types(every[0].dtype, torch.float32)
-    peaks = torch._foreach_norm(every, math.inf)
     norms = torch._foreach_norm(every, 2, dtype=wide)
-    return torch.stack([torch.stack(peaks).double(), torch.stack(norms).double()])
+    if every[0].device.type == "cpu":  # where a loop is a hundred times as fast
+        low, high = map(torch.stack, zip(*map(torch.aminmax, every), strict=True))
+        peaks = torch.maximum(-low, high)
+    else:
+        peaks = torch.stack(torch._foreach_norm(every, math.inf))
+    return torch.stack([peaks.double(), torch.stack(norms).double()])
 
 
 def bits(tensors: Sequence[Tensor]) -> Tensor:

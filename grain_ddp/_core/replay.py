@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from grain_ddp._core.digest import bits
 from grain_ddp._core.guard import place
 from grain_ddp._core.state import GrainState, in_use
+from grain_ddp._math.record import Array
 from grain_ddp._math.suspect import Suspect
 from grain_ddp._wire.wire import Wire
 
@@ -81,9 +83,10 @@ def replay(
     own = _packed(batch).to(wire.device)
     sizes = wire.gather_objects(len(own), "the sizes of batches")
     model = owner.replica()
+    buffers = _buffers(model)
 
     def run(packed: Tensor) -> Tensor:
-        return _run(backward, _unpacked(packed, model[0][1].device), model, step)
+        return _run(backward, _unpacked(packed, model[0][1].device), model, buffers, step)
 
     def handed_on(packed: Tensor, places: int) -> Tensor:
         """The batch of the rank so many places before this one."""
@@ -127,7 +130,7 @@ def replay(
         for rank, (host, device) in enumerate(places)
         if rank in guilty
     ]
-    return Replay(bool(guilty), tuple(suspects), tolerance == 0)
+    return Replay(bool(guilty), tuple(suspects), not tolerance.any())
 
 
 def _serving(state: GrainState | None) -> tuple[Any, Wire, int]:
@@ -151,23 +154,28 @@ def _serving(state: GrainState | None) -> tuple[Any, Wire, int]:
 
 
 def _run(
-    backward: Callable[[Any], object], batch: Any, model: Sequence[tuple[str, Tensor]], step: int
+    backward: Callable[[Any], object],
+    batch: Any,
+    model: Sequence[tuple[str, Tensor]],
+    buffers: Sequence[Tensor],
+    step: int,
 ) -> Tensor:
     """The digests of the gradients, int64 ``[tensors, 1 + PROBES]``."""
-    with _as_before(model):
+    trained = [p for _, p in model if p.requires_grad]
+    with _as_before(trained, buffers):
         torch.manual_seed(step)
         with torch.enable_grad():
             backward(batch)
-        digests = [_digest(k, p.grad) for k, (_, p) in enumerate(model) if p.requires_grad]
+        digests = [_digest(k, p.grad) for k, p in enumerate(trained)]
     return torch.stack(digests).cpu()
 
 
 @contextmanager
-def _as_before(model: Sequence[tuple[str, Tensor]]) -> Iterator[None]:
+def _as_before(trained: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
     """Without gradients inside; gradients, buffers and random state as they were afterwards."""
-    gradients = [(p, p.grad) for _, p in model if p.requires_grad]
-    buffers = [(b, b.detach().clone()) for _, b in model if not b.requires_grad]
-    devices = {t.device.index for _, t in model if t.device.type == "cuda"}
+    gradients = [(p, p.grad) for p in trained]
+    kept = [b.detach().clone() for b in buffers]
+    devices = {t.device.index for t in trained if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         for p, _ in gradients:
             p.grad = None
@@ -177,8 +185,16 @@ def _as_before(model: Sequence[tuple[str, Tensor]]) -> Iterator[None]:
             with torch.no_grad():
                 for p, gradient in gradients:
                     p.grad = gradient
-                for b, before in buffers:
+                for b, before in zip(buffers, kept, strict=True):
                     b.copy_(before)
+
+
+def _buffers(model: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """The buffers of every module that has one of these parameters: a loop tells of no others."""
+    known = {id(tensor) for _, tensor in model}
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    ours = [m for m in modules if any(id(p) in known for p in m.parameters())]
+    return list({id(b): b for m in ours for b in m.buffers()}.values())
 
 
 def _digest(number: int, gradient: Tensor | None) -> Tensor:
@@ -205,29 +221,25 @@ def _shared(wire: Wire, runs: Sequence[Tensor]) -> Digests:
     return found
 
 
-def _tolerance(found: Digests) -> float:
-    """How far, in units of a gradient's norm, two sound runs may be apart; 0: not in a bit."""
-    each = np.array([_apart(first, second) for first, second in found[:, :2]])
-    return TOLERANCE * float(np.median(each))
+def _tolerance(found: Digests) -> Array:
+    """How far the probes of each tensor may be apart; 0: not in a bit."""
+    each = np.sort(_apart(found[:, 0], found[:, 1]), axis=0)
+    usual: Array = each[(len(each) - 1) // 2]  # of two the smaller one
+    return TOLERANCE * usual
 
 
-def _apart(first: Digests, second: Digests) -> float:
-    """The largest distance of probes of a tensor, in units of its norm; 0 if all bits are equal."""
-    if (first[:, 0] == second[:, 0]).all():
-        return 0.0
-    a, b = (np.ascontiguousarray(one[:, 1:]).view(np.float64) for one in (first, second))
+def _apart(first: Digests, second: Digests) -> Array:
+    """The largest distance of probes, ``[k, tensors]``; 0 where all bits are equal."""
+    a, b = (np.ascontiguousarray(one[..., 1:]).view(np.float64) for one in (first, second))
     with np.errstate(all="ignore"):
-        norms = np.sqrt((a**2).mean(1, keepdims=True))
-        ratio = np.abs(a - b) / np.maximum(norms, np.finfo(np.float64).tiny)
-    return float(np.nan_to_num(ratio, nan=np.inf).max())
+        distances = np.nan_to_num(np.abs(a - b).max(-1), nan=np.inf)
+    tiny = np.finfo(np.float64).tiny  # other bits, and the same sums
+    return np.where(first[..., 0] == second[..., 0], 0.0, np.maximum(distances, tiny))
 
 
-def _differ(first: Digests, second: Digests, tolerance: float) -> NDArray[np.bool_]:
+def _differ(first: Digests, second: Digests, tolerance: Array) -> NDArray[np.bool_]:
     """Which of the gradients ``[k, tensors, 1 + PROBES]`` differ."""
-    pairs = zip(first, second, strict=True)
-    if tolerance == 0:
-        return np.array([(a[:, 0] != b[:, 0]).any() for a, b in pairs])
-    return np.array([_apart(a, b) > tolerance for a, b in pairs])
+    return np.asarray((_apart(first, second) > tolerance).any(-1))
 
 
 def _packed(batch: Any) -> Tensor:

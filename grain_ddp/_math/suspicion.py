@@ -36,7 +36,7 @@ STEPS_PER_FALSE_ALARM = 10_000
 MEMORY = 100
 """Over so many steps the habits of a channel are learned."""
 
-WARM_UP = 30
+WARM_UP = 50
 """Before so many steps only what is some hundred times too large is seen."""
 
 SHARE = 0.1
