@@ -139,7 +139,10 @@ def dropped(options: dict[str, Any]) -> Any:
         ({"weighting": "mean", "warmup_steps": 3}, (BAD,)),
         ({"groups": 2}, (1,)),
         ({"groups": [[0, 2], [1, 3]]}, (0,)),
+        ({"groups": [[0, 1, 2], [3]]}, (0,)),
         ({"microbatches": 2}, (4, 5)),
+        ({"sketch": 512}, (BAD,)),
+        ({"sketch": 512, "groups": 2, "scope": "bucket"}, ((1,),)),
     ],
     ids=str,
 )

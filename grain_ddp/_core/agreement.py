@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from grain_ddp._core.columns import Columns
+from grain_ddp._core.groups import Grouping
 from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
-from grain_ddp._math.record import PendingRecord, StepRecord
+from grain_ddp._math.record import Array, PendingRecord, StepRecord
+from grain_ddp._math.sketch import rescale
 from grain_ddp._math.suspect import Suspect
 from grain_ddp._math.weighting import DeviceWeights, Weights, weigh_tensor
 from grain_ddp._wire.wire import Wire
@@ -43,15 +45,24 @@ def upper(gramian: Tensor) -> Tensor:
     return gramian.take(_triangle(len(gramian), gramian.device)[0])
 
 
-def weights_of(
-    options: Options, step: int, triangle: Tensor, r: int, left_out: Sequence[int] = ()
-) -> AnyWeights:
-    """The weights that the options give for the upper triangle of a Gramian [r, r].
+def full(triangle: Tensor, r: int) -> Tensor:
+    """The Gramian [r, r] of an upper triangle."""
+    return triangle.take(_triangle(r, triangle.device)[1])
 
-    `left_out`: rows that get none.
+
+def weights_of(
+    options: Options,
+    step: int,
+    gramian: Tensor,
+    shares: Array | None = None,
+    error: Tensor | None = None,
+    left_out: Sequence[int] = (),
+) -> AnyWeights:
+    """The weights that the options give for a Gramian [r, r]; none to rows that are `left_out`.
+
+    `shares` are those of the rows in the plain mean, if they are not alike; `error` is a sketch's.
     """
-    gramian = triangle.take(_triangle(r, triangle.device)[1])
-    warm = step >= options.warmup_steps
+    warm = step >= options.warmup_steps  # with `guard="drop"` even a plain mean is weighed
     return weigh_tensor(
         gramian,
         options.weighting if warm else "mean",
@@ -60,6 +71,8 @@ def weights_of(
         nonfinite=options.nonfinite,
         left_out=left_out,
         seed=step,
+        shares=shares,
+        sketch_error=error,
     )
 
 
@@ -68,6 +81,9 @@ class Marks:
 
     A rank that skipped a step, or whose weights are others, shows at the next Gramian, on every
     rank. (On a GPU nothing is compared: looking at a number would wait for it.)
+
+    Attributes:
+        left_out: the groups that get no weight in this step, from now on.
     """
 
     def __init__(self) -> None:
@@ -77,6 +93,7 @@ class Marks:
     def begin(self, step: int) -> None:
         """Start on a step."""
         self._step, self._layout, self._buckets = step, 0, list[str]()
+        self.left_out = list[int]()
 
     def push(self, count: int, dtype: torch.dtype) -> None:
         """Note so many elements of the step."""
@@ -112,7 +129,8 @@ class GramianSum:
     """The Gramian of some columns on its way: started here, `weights` when they are wanted.
 
     ``total`` [r, r] is the Gramian of this rank's `columns`, of one scope, which have arrived.
-    Rows that are `left_out` get no weight.
+    Of sketches it has an `error`, a scalar; or, where each row is a rank's, it is put right by all
+    ranks' exact squared norms, of which `square` is this one's.
     """
 
     def __init__(
@@ -122,21 +140,30 @@ class GramianSum:
         total: Tensor,
         columns: Sequence[Columns],
         marks: Marks,
-        left_out: Sequence[int] = (),
+        *,
+        grouping: Grouping,
+        square: Tensor | None = None,
+        error: Tensor | None = None,
     ) -> None:
-        self._left_out = left_out
         self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
+        self._grouping, self._square, self._error = grouping, square, error
+        self._left_out = marks.left_out
         self.exact = False  # whether the weights are those of an exact Gramian
         self._found: AnyWeights | None = None
         self._start(total)
 
     def _start(self, gramian: Tensor) -> None:
-        self._size, self._on_cpu = len(gramian), gramian.device.type == "cpu"
-        triangle = upper(gramian)
-        if self._on_cpu:
+        self._size, parts = len(gramian), [upper(gramian)]
+        if self._square is not None:
+            squares = gramian.new_zeros(self._wire.size)
+            squares[self._wire.rank] = self._square
+            parts.append(squares)
+        self._numbers = gramian.new_empty(0)
+        if gramian.device.type == "cpu":
             self._numbers = self._marks.numbers()
-            triangle = torch.cat([triangle, self._numbers])
-        self.transfer, self._triangles = self._wire.sum(triangle)
+            parts.append(self._numbers)
+        self._lengths = list(map(len, parts))
+        self.transfer, self._rows = self._wire.sum(torch.cat(parts))
 
     def weights(self) -> AnyWeights:
         """The weights, the same on every rank; before any of the columns is reduced.
@@ -152,15 +179,27 @@ class GramianSum:
             self._columns = ()
         return self._found
 
+    def factors_for(self, gradient: Tensor) -> tuple[Tensor, list[int]]:
+        """What rows like this gradient are multiplied with, and which are left out."""
+        found = self.weights()
+        factors = found.factors_for(gradient, exact=self.exact)
+        return self._grouping.spread(factors), self._grouping.members(found.dropped)
+
     def _find(self) -> AnyWeights:
         self.transfer.wait()
-        total = self._triangles.sum(0)
-        if self._on_cpu:
-            total, sums = total[: -len(self._numbers)], total[-len(self._numbers) :]
-            if sums.tolist() != (self._numbers * self._wire.whole.size).tolist():
+        triangle, *more = self._rows.sum(0).split_with_sizes(self._lengths)
+        if len(self._numbers):
+            expected = self._numbers * self._wire.whole.size
+            if more.pop().tolist() != expected.tolist():
                 self._marks.differ(self._wire)
-        state = self._state
-        weights = weights_of(state.options, state.step, total, self._size, self._left_out)
+        gramian, error = full(triangle, self._size), self._error
+        if more:
+            gramian, error = rescale(gramian, more[0])
+        state, grouping = self._state, self._grouping
+        gramian = grouping.gramian(gramian)
+        weights = weights_of(
+            state.options, state.step, gramian, grouping.shares, error, self._left_out
+        )
         self._marks.weigh(weights)
         return weights
 
@@ -183,6 +222,7 @@ def _record_of(
     buckets = [w.read() if isinstance(w, DeviceWeights) else w for w in found]
     if single:
         return StepRecord(step, **vars(buckets[0]), suspects=suspects)
+    errors = [w.sketch_error for w in buckets if w.sketch_error is not None]
     return StepRecord(
         step,
         np.stack([w.gramian for w in buckets]),
@@ -191,5 +231,6 @@ def _record_of(
         tuple(w.status for w in buckets),
         tuple(w.active for w in buckets),
         tuple(w.dropped for w in buckets),
+        max(errors, default=None),
         suspects,
     )

@@ -14,21 +14,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
 from grain_ddp._core.columns import Columns
-from grain_ddp._core.guard import Guard
+from grain_ddp._core.groups import Grouping, partition
+from grain_ddp._core.guard import Guard, Numbers
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
+from grain_ddp._core.sketched import Exchange, Sketches, sketch_size
 from grain_ddp._core.state import GrainState, Owner
+from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.views import Views, length, part, read, write
+from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, uniform
+from grain_ddp._math.sketch import Sketch
+from grain_ddp._math.weighting import uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
+
+PADDED = 1.25
+"""Parts are summed by one reduce-scatter if padding to equal lengths makes them no longer."""
 
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
@@ -64,8 +71,9 @@ def share(
 class _Bucket:
     """What shares one push: its columns, their Gramian, and what goes to others when weighed."""
 
-    def __init__(self, like: Tensor, gramian: Tensor | None) -> None:
-        self.like, self.gramian = like, gramian
+    def __init__(self, owned: Sequence[Views]) -> None:
+        self.owned, self.like = owned, next(view for views in owned for view in views)
+        self.gramian: Tensor | None = None
         self.columns: list[Columns] = []
         self.moved: list[tuple[int, int, Tensor]] = []  # weigher, owner, view
 
@@ -91,18 +99,19 @@ class ShardedAggregation:
         scratch: float = math.inf,
     ) -> None:
         options = state.options
-        for name, only in (("groups", "rank"), ("microbatches", 1)):
-            if getattr(options, name) != only:
-                raise ValueError(
-                    f"grain_ddp: {name} must be {only!r} where gradients are sharded, but it is "
-                    f"{getattr(options, name)!r} (this is rank {wire.rank}). DDP and "
-                    "reduce_gradients have groups of other sizes."
-                )
+        if options.microbatches != 1:
+            raise ValueError(
+                "grain_ddp: microbatches must be 1 where gradients are sharded, but it is "
+                f"{options.microbatches} (this is rank {wire.rank}). DDP and reduce_gradients have "
+                "several."
+            )
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
+        groups, k = partition(options.groups, wire), sketch_size(options, wire)
+        self._grouping, self._marks = Grouping(groups), Marks()
+        self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))
-        self._marks = Marks()
-        self.guard = Guard(options, wire, owner)
+        self._groups, self.guard = groups, Guard(options, wire, owner)
         self.drop()
 
     def __str__(self) -> str:
@@ -113,7 +122,10 @@ class ShardedAggregation:
         self._kind: Kind | None = None  # of the step, from its first push on
         self._found: list[AnyWeights] = []
         self._buckets: list[_Bucket] = []  # not weighed yet
+        self._sketch: Sketch | None = None  # of what is not weighed yet
         self._scratch = Scratch()
+        if self._sketches is not None:
+            self._sketches.drop()
         self.guard.drop()
 
     @property
@@ -130,9 +142,18 @@ class ShardedAggregation:
             if self._kind is None:
                 self._kind = self.options.kind(self.state.step)
                 self._marks.begin(self.state.step)
-            numbers = self.guard.begin(self.state.step) if self._leaves_out_per_push else None
-            self._receive(owned)
-            self.guard.judge(numbers)
+            numbers = None
+            if self.options.guard == "drop" and self.options.scope == "bucket":
+                numbers = self.guard.begin(self.state.step)
+            bucket = _Bucket(owned)
+            self._buckets.append(bucket)
+            for views in owned:
+                self._marks.push(length(views), bucket.like.dtype)
+            if self._sketches is None:
+                self._receive(bucket, self._kind.has_gramian)
+            elif self._kind.has_gramian:
+                self._add(bucket, self._sketches)
+            self._judge(numbers)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -143,42 +164,47 @@ class ShardedAggregation:
         """Complete the step. Returns its record, if one is due."""
         try:
             self.guard.compare_replicas(self.state.step)
-            self.guard.judge(self.guard.begin(self.state.step))
+            self._judge(self.guard.begin(self.state.step))
             if self._buckets:
                 self._weigh()
             found, kind, record = self._found, self._kind, None
             self._kind, self._found = None, []
             self.guard.drop()
             suspects = self.guard.take()
-            if (
-                kind is not None
-                and kind.has_gramian
-                and (self.options.records(self.state.step) or suspects)
-            ):
+            weighed = kind is not None and kind.has_gramian
+            if weighed and (self.options.records(self.state.step) or suspects):
                 record = record_of(self.state, found, suspects)
             elif suspects:
-                record = record_of(self.state, [uniform(self.wire.size)], suspects)
+                record = record_of(self.state, [uniform(len(self._groups))], suspects)
         except BaseException:
             self.drop()
             raise
         self.state.advance(record)
         return record
 
-    @property
-    def _leaves_out_per_push(self) -> bool:
-        return self.options.guard == "drop" and self.options.scope == "bucket"
+    def _judge(self, numbers: Numbers | None) -> None:
+        """Leave out the groups of suspects, if the options say so."""
+        self.guard.judge(numbers)
+        out = self.guard.left_out
+        self._marks.left_out = [g for g, ranks in enumerate(self._groups) if out & set(ranks)]
 
-    def _receive(self, owned: Sequence[Views]) -> None:
-        """Exchange the parts, two sets of columns at a time, and add up the Gramian of the rows."""
-        assert self._kind is not None
-        n, like = self.wire.size, next(view for views in owned for view in views)
-        zeros = like.new_zeros(n, n, dtype=torch.float64) if self._kind.has_gramian else None
-        bucket = _Bucket(like, zeros)
-        self._buckets.append(bucket)
-        weighed, bucket.moved = share(owned)
+    def _add(self, bucket: _Bucket, sketches: Sketches) -> None:
+        """Add the gradient to the sketch."""
+        if self._sketch is None:
+            alone = self.options.scope == "bucket"
+            most = sum(map(length, bucket.owned)) if alone else sketches.k
+            self._sketch = sketches.empty(bucket.like, most)
+        for views in bucket.owned:
+            for view in views:
+                self._sketch.add(view)
+
+    def _receive(self, bucket: _Bucket, counted: bool) -> None:
+        """Exchange the parts, two sets of columns at a time; add up their Gramian, if it counts."""
+        n, like = self.wire.size, bucket.like
+        if counted:
+            bucket.gramian = like.new_zeros(n, n, dtype=torch.float64)
+        weighed, bucket.moved = share(bucket.owned)
         lengths = [length(views) for views in weighed]
-        for size in lengths:
-            self._marks.push(size, like.dtype)
         message = max(self._limit // (4 * n), SMALLEST_MESSAGE_BYTES)
         if like.device.type == "cpu":
             message = min(message, MESSAGE_BYTES)
@@ -207,28 +233,82 @@ class ShardedAggregation:
     def _weigh(self) -> None:
         """The weights of what waits for them, and this rank's part of the aggregate."""
         assert self._kind is not None
-        n, buckets, exact = self.wire.size, self._buckets, False
-        found: AnyWeights = uniform(n)
-        if self._kind.has_gramian:
-            total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
-            every = [columns for bucket in buckets for columns in bucket.columns]
-            left_out = sorted(self.guard.left_out)
-            summed = GramianSum(self.state, self.wire, total, every, self._marks, left_out)
-            found, exact = summed.weights(), summed.exact
-        for bucket in buckets:
-            factors = found.factors_for(bucket.like, exact=exact) * self.scale
-            for columns in bucket.columns:
-                columns.reduce(factors, found.dropped, exact=exact)
-                columns.give_back()
-                self._clear(columns, found)
-            self._forward(bucket)
-        self._found.append(found)
-        self._buckets = []
+        sketches = self._sketches
+        summed = self._sum() if self._kind.has_gramian else None
+        if summed is not None:
+            self._found.append(summed.weights())
+        if self._kind.averages:
+            summed = None
+        for bucket in self._buckets:
+            if sketches is not None:
+                weight = self._equal(bucket)[0]
+                if summed is not None:
+                    weight = sketches.weight(summed, bucket.like)
+                self._reduce_scatter(bucket, weight * self.scale)
+            elif summed is None:
+                self._reduce(bucket, self._equal(bucket) * self.scale)
+            else:
+                factors, dropped = summed.factors_for(bucket.like)
+                self._reduce(bucket, factors * self.scale, dropped, summed.exact)
+        self._buckets, self._sketch = [], None
 
-    def _clear(self, columns: Columns, found: AnyWeights) -> None:
+    def _equal(self, bucket: _Bucket) -> Tensor:
+        n = self.wire.size
+        return torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.like.device)
+
+    def _sum(self) -> GramianSum:
+        """The sum of the Gramian of what waits, over the ranks."""
+        if self._sketches is not None and self._sketch is not None:
+            exchange = Exchange(self._sketches, self._sketch)
+            summed = exchange.sum()
+            summed.weights()
+            exchange.end()
+            return summed
+        total = torch.stack([b.gramian for b in self._buckets if b.gramian is not None]).sum(0)
+        every = [columns for bucket in self._buckets for columns in bucket.columns]
+        return GramianSum(self.state, self.wire, total, every, self._marks, grouping=self._grouping)
+
+    def _reduce(
+        self,
+        bucket: _Bucket,
+        factors: Tensor,
+        dropped: Sequence[int] = (),
+        exact: bool = False,
+    ) -> None:
+        """The weighted sum of what was received."""
+        for columns in bucket.columns:
+            columns.reduce(factors, dropped, exact=exact)
+            columns.give_back()
+            self._clear(columns, dropped)
+        self._forward(bucket)
+
+    def _reduce_scatter(self, bucket: _Bucket, weight: Tensor) -> None:
+        """The sum of all ranks' weighed gradients, by the backend."""
+        n, like, me = self.wire.size, bucket.like, self.wire.rank
+        near = self.wire.shares_memory(like.device)  # which is faster
+        for views in bucket.owned:
+            for view in views:
+                weigh_(view, weight * n if near else weight)
+        if near:
+            self._receive(bucket, False)
+            self._reduce(bucket, self._equal(bucket))
+            return
+        lengths = [length(views) for views in bucket.owned]
+        if n * max(lengths) <= PADDED * sum(lengths):
+            rows = like.new_zeros(n, max(lengths))
+            for row, views, width in zip(rows, bucket.owned, lengths, strict=True):
+                row[:width] = read(views, like)
+            write(bucket.owned[me], self.wire.reduce_scatter(rows, "the gradients"))
+            return
+        sums = [read(views, like) for views in bucket.owned]
+        for transfer in [self.wire.reduce(one, j, "the gradients") for j, one in enumerate(sums)]:
+            transfer.wait()
+        write(bucket.owned[me], sums[me])
+
+    def _clear(self, columns: Columns, dropped: Sequence[int]) -> None:
         """Leave no NaN beside this rank's own part, where an optimizer would find it."""
-        unknown = isinstance(found, DeviceWeights) and self.options.nonfinite == "drop"
-        if found.dropped or unknown:
+        # On a GPU it is not known which are dropped.
+        if dropped or (self.options.nonfinite == "drop" and self.wire.device.type != "cpu"):
             for rank, views in enumerate(columns.slots):
                 for view in views if rank != self.wire.rank else ():
                     view.zero_()

@@ -36,6 +36,9 @@ class StepRecord:
         dropped: [b] indices of the groups left out because their gradient was not finite
             (``nonfinite="drop"``) or a rank of theirs was suspect (``guard="drop"``). A group that
             is neither active nor dropped was absent: its gradient was exactly zero.
+        sketch_error: of a Gramian from a `sketch`, the root mean square of the relative errors that
+            the squared norms had in it, in the worst bucket; they were put right, but the inner
+            products, in units of ‖gᵢ‖‖gⱼ‖, are about as wrong. None: the Gramian is exact.
         suspects: ranks that stood out since the record before (`guard`, `check_replicas`).
     """
 
@@ -46,7 +49,7 @@ class StepRecord:
     status: Status | tuple[Status, ...]
     active: tuple[int, ...] | tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
-    # From a factory: a default would hide what a `PendingRecord` has to read.
+    sketch_error: float | None = field(default_factory=lambda: None)  # not of the class
     suspects: tuple[Suspect, ...] = field(default_factory=tuple)
 
     @cached_property
