@@ -27,7 +27,7 @@ from grain_ddp._core.passes import Parts, Passes
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import uniform
+from grain_ddp._math.weighting import check_groups, uniform
 from grain_ddp._wire.wire import Transfer, Wire, cut
 
 MESSAGE_BYTES = 4 << 20
@@ -84,6 +84,7 @@ class Aggregation:
             wire = wire.among([group[position] for group in groups], 2)
         self.state, self.options, self.wire = state, options, wire
         self.size = wire.size * options.microbatches  # groups: the rows of the Gramian
+        check_groups(options.weighting, self.size)
         self._passes = Passes(wire.size, options.microbatches)
         self._marks = Marks()
         self._stream: torch.cuda.Stream | None = None

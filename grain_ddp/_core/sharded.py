@@ -23,7 +23,7 @@ from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.views import Views, length, part, read, write
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, uniform
+from grain_ddp._math.weighting import DeviceWeights, check_groups, uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -98,6 +98,7 @@ class ShardedAggregation:
                     "reduce_gradients have groups of other sizes."
                 )
         state.bind(owner or self, wire)
+        check_groups(options.weighting, wire.size)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
         self._limit = int(min(scratch, SCRATCH_BYTES))
         self._marks = Marks()
