@@ -19,6 +19,9 @@ BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
 OFTEN = 0.1
 """A share of the records from which on something is worth a look."""
 
+HEAVY, SHORT, MANY = 0.6, 0.2, 1 / 3
+"""One group all but decides: its weight, the step's part of the mean's length, of many records."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -229,6 +232,20 @@ def _grain(run: Run) -> Iterator[Finding]:
             f"{weights[top]:.2g} for group {top} and {weights[low]:.2g} for group {low} on "
             f"average, where the mean gives {fair:.2g}. It favours short gradients, of data that "
             "the model fits already.",
+        )
+    heavy = grain.weights.max(1) > max(HEAVY, 2 * fair)
+    ruled = float((heavy | (grain.norms < SHORT * mean)).mean())
+    if ruled >= MANY:
+        had = "had" if run.min_norm else "would have had"
+        said = f"one group {had} more than {HEAVY} of GRAIN's weight, or the step {was} shorter"
+        yield Finding(
+            "weights",
+            f"In {percent(ruled)} of the records {said} than {SHORT} of the mean's: one group all "
+            "but decides. Trainings like that did worse than the mean's more often than better "
+            '(documentation, "Does it help?"). Set cap=1.5, or weighting="upgrad", which stays as '
+            "long as the mean where nothing conflicts; or stay with the mean.",
+            LOOK if run.min_norm else None,
+            "One group all but decides GRAIN's step",
         )
     zero = int((~(grain.norms > 0)).sum())
     if not run.min_norm and zero:
