@@ -189,8 +189,16 @@ def slope(out: Tensor, y: Tensor, loss: str) -> Tensor:
 # --- training and testing ---------------------------------------------------------------------
 
 
-def train(cell: Cell, seeds: Sequence[tuple[int, int]], rates: Sequence[float]) -> dict[str, Any]:
-    """Train all (seed, rate) pairs given as two lists of one length; scores ``[runs]`` by name."""
+def train(
+    cell: Cell,
+    seeds: Sequence[tuple[int, int]],
+    rates: Sequence[float],
+    watch: Callable[[np.ndarray], object] = lambda gramians: None,
+) -> dict[str, Any]:
+    """Train all (seed, rate) pairs given as two lists of one length; scores ``[runs]`` by name.
+
+    `watch` is called with each step's Gramians ``[runs, n, n]``.
+    """
     splits = {s: split(cell.task, cell.setting, s, cell.workers) for s, _ in seeds}
     data = [splits[s] for s, _ in seeds]
     x, y = torch.stack([d.x for d in data]), torch.stack([d.y for d in data])
@@ -213,6 +221,7 @@ def train(cell: Cell, seeds: Sequence[tuple[int, int]], rates: Sequence[float]) 
             J[:, 0] *= -1
         wide = J.double()
         G = (wide @ wide.transpose(1, 2)).numpy()
+        watch(G)
         w = weights_of(cell.method, G, gate)
         with np.errstate(all="ignore"):
             uniform = np.full(n, 1 / n)
