@@ -20,7 +20,7 @@ OFTEN = 0.1
 """A share of the records from which on something is worth a look."""
 
 HEAVY, SHORT, MANY = 0.6, 0.2, 1 / 3
-"""One group all but decides: its weight, the step's part of the mean's length, of many records."""
+"""One group all but decides: its weight; the step's part of the mean's length; part of records."""
 
 
 @dataclass(frozen=True)
@@ -233,14 +233,12 @@ def _grain(run: Run) -> Iterator[Finding]:
             f"average, where the mean gives {fair:.2g}. It favours short gradients, of data that "
             "the model fits already.",
         )
-    heavy = grain.weights.max(1) > max(HEAVY, 2 * fair)
-    ruled = float((heavy | (grain.norms < SHORT * mean)).mean())
-    if ruled >= MANY:
+    if ruled(run) >= MANY:
         had = "had" if run.min_norm else "would have had"
         said = f"one group {had} more than {HEAVY} of GRAIN's weight, or the step {was} shorter"
         yield Finding(
             "weights",
-            f"In {percent(ruled)} of the records {said} than {SHORT} of the mean's: one group all "
+            f"In {percent(ruled(run))} of the records {said} than {SHORT} of the mean's: one group all "
             "but decides. Trainings like that did worse than the mean's more often than better "
             '(documentation, "Does it help?"). Set cap=1.5, or weighting="upgrad", which stays as '
             "long as the mean where nothing conflicts; or stay with the mean.",
@@ -258,6 +256,13 @@ def _grain(run: Run) -> Iterator[Finding]:
         yield Finding(
             "weights", f"What GRAIN would have done is from {SOLVED} records, evenly over the run."
         )
+
+
+def ruled(run: Run) -> float:
+    """The share of records where one group all but decides GRAIN's step."""
+    grain = run.grain
+    heavy = grain.weights.max(1) > max(HEAVY, 2 / run.n)  # twice its even share at least
+    return float((heavy | (grain.norms < SHORT * run.norm_mean[grain.at])).mean())
 
 
 def _noise(run: Run, batch: int | None) -> Iterator[Finding]:
