@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from analyse import DIGITS, MINILM, SETTINGS, TASKS, Block, Settings, paired
+from analyse import DIABETES, DIGITS, MINILM, SETTINGS, TASKS, Block, Settings, paired
 from matplotlib.axis import Axis
 
 matplotlib.use("Agg")
@@ -55,8 +55,7 @@ def bars(settings: Settings, path: Path) -> None:
     axes.set_ylim(-50, 8)
     points(axes.yaxis)
     axes.set_ylabel("points of accuracy\nagainst the mean")
-    names = [SETTINGS[s].replace(" worker's", "\nworker's") for s in shown]
-    axes.set_xticks(range(len(shown)), [wrapped(name) for name in names], fontsize=8)
+    axes.set_xticks(range(len(shown)), [wrapped(SETTINGS[s]) for s in shown], fontsize=8)
     axes.tick_params(axis="x", length=0)
     for edge in np.arange(len(shown) - 1) + 0.5:
         axes.axvline(edge, color="0.9", lw=0.8, zorder=0)
@@ -67,7 +66,7 @@ def bars(settings: Settings, path: Path) -> None:
 def wrapped(name: str) -> str:
     """At the space nearest to its middle."""
     spaces = [i for i, letter in enumerate(name) if letter == " "]
-    if "\n" in name or not spaces:
+    if not spaces:
         return name
     middle = min(spaces, key=lambda i: abs(i - len(name) / 2))
     return name[:middle] + "\n" + name[middle + 1 :]
@@ -95,28 +94,29 @@ def monitor(
     found: dict[Block, Settings], watched: list[tuple[Block, str, Any]], path: Path
 ) -> None:
     """What monitor mode shows against what came of min-norm."""
-    figure, axes = plt.subplots(figsize=(7, 3.8))
-    marks = dict(zip(SETTINGS, "os*<>D^v", strict=True))
-    colors = {DIGITS: "tab:blue", MINILM: "tab:orange"}
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    marks = dict(zip(SETTINGS, "osP*<D^v", strict=True))
+    colors = {"digits": "tab:blue", "minilm": "tab:orange", "diabetes": "tab:gray"}
     for block, setting, seen in watched:
-        if block not in colors:
-            continue
         methods = found[block][setting]
+        if "min_norm" not in methods:
+            continue
         difference, half, _ = paired(methods["min_norm"], methods["mean"])
-        style = {"marker": marks[setting], "color": colors[block], "ms": 8, "alpha": 0.8}
+        color = colors[block[0]]
+        face = color if block in (DIGITS, MINILM, DIABETES) else "white"
+        style = {"marker": marks[setting], "color": color, "mfc": face, "ms": 7}
         axes.errorbar(100 * seen["ruled"], difference, half, ls="", **style)
-    for block, color in colors.items():
-        axes.plot([], [], "s", color=color, label=TASKS[block[0]])
-    for setting in found[DIGITS]:
-        axes.plot([], [], marks[setting], color="0.5", label=SETTINGS[setting])
-    axes.set_ylim(-50, 8)
-    axes.set_xlim(0, None)
+    for task, color in colors.items():
+        axes.plot([], [], "s", color=color, label=TASKS[task])
+    for setting, mark in marks.items():
+        axes.plot([], [], mark, color="0.5", label=SETTINGS[setting])
+    axes.set_ylim(-50, 90)
+    axes.set_xlim(-2, None)
     axes.axvline(100 / 3, color="0.6", lw=0.8, ls="--")
     points(axes.yaxis)
-    axes.set_ylabel("what min_norm did:\npoints of accuracy against the mean")
-    axes.set_xlabel(
-        "what monitor mode shows: records in which\none group all but decides GRAIN's step, %"
-    )
+    axes.set_ylabel("what min_norm did:\npoints against the mean")
+    what = "one group all but decides GRAIN's step, %"
+    axes.set_xlabel(f"what monitor mode shows: records in which\n{what}")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 

@@ -3,7 +3,7 @@
     python examples/study/theory.py           # results/theory.json; seconds
 
 Eight groups of 16 samples, f_i(x) = mean of r²/(1 + r²), r = ⟨a, x⟩ − b: smooth, not convex. Full
-gradients and steps of 1/L, so that ⟨g_i, d⟩ >= ‖d‖² gives, for each group,
+gradients and steps of 1/L, so that min-norm's ⟨g_i, d⟩ >= ‖d‖² gives, for each group,
 
     f_i(x − d/L) <= f_i(x) − ‖d‖²/(2L),    so    (1/T) Σ ‖d_t‖² <= 2L min_i f_i(x_0) / T:
 
@@ -22,6 +22,7 @@ import numpy as np
 from grain_ddp.weighting import weigh
 
 GROUPS, SAMPLES, DIMENSION, STEPS, PROBLEMS = 8, 16, 20, 3000, 10
+SMOOTHNESS = 2.0  # L: |φ''| <= 2 for φ(r) = r²/(1 + r²), and ‖a‖ = 1
 CHECKED = (30, 100, 300, 1000, 3000)
 RULES: dict[str, dict[str, Any]] = {
     "mean": {"weighting": "mean"},
@@ -42,7 +43,7 @@ def problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def descend(a: np.ndarray, b: np.ndarray, rule: dict[str, Any]) -> dict[str, np.ndarray]:
     """Parameters ``[T, d]``, ‖d‖² ``[T]`` and every group's loss ``[T, groups]`` along the way."""
-    x, bound = np.zeros(DIMENSION), 2.0  # |φ''| <= 2 for φ(r) = r²/(1 + r²), and ‖a‖ = 1
+    x = np.zeros(DIMENSION)
     path, squares, losses = [], [], []
     for _ in range(STEPS):
         r = a @ x - b
@@ -51,7 +52,7 @@ def descend(a: np.ndarray, b: np.ndarray, rule: dict[str, Any]) -> dict[str, np.
         path.append(x)
         squares.append(d @ d)
         losses.append((r**2 / (1 + r**2)).mean(1))
-        x = x - d / bound
+        x = x - d / SMOOTHNESS
     return {"path": np.array(path), "squares": np.array(squares), "losses": np.array(losses)}
 
 
@@ -62,7 +63,7 @@ def measured(rule: dict[str, Any]) -> dict[str, Any]:
         a, b = problem(seed)
         one = descend(a, b, rule)
         averages = np.cumsum(one["squares"]) / np.arange(1, STEPS + 1)
-        limits = 4.0 * one["losses"][0].min() / np.arange(1, STEPS + 1)
+        limits = 2 * SMOOTHNESS * one["losses"][0].min() / np.arange(1, STEPS + 1)
         ratios.append([averages[T - 1] / limits[T - 1] for T in CHECKED])
         rises.append((np.diff(one["losses"], axis=0) > 1e-12).mean())
         other, c = problem(1000 + seed)
@@ -77,9 +78,10 @@ def measured(rule: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     found = {name: measured(rule) for name, rule in RULES.items()}
-    text = json.dumps({"steps": CHECKED, **found}, indent=1)
-    (Path(__file__).parent / "results" / "theory.json").write_text(text + "\n")
-    print(text)
+    lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {"steps": CHECKED, **found}.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    (Path(__file__).parent / "results" / "theory.json").write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":
