@@ -1,7 +1,7 @@
 """Does it help? Many small trainings with n simulated workers, for `protocol.md` beside this file.
 
-    python examples/study/study.py            # goes on where it stopped; about an hour on one core
-    python examples/study/analyse.py          # table and pictures from results/
+    python examples/study/study.py      # goes on where it stopped; about two hours on one core
+    python examples/study/analyse.py    # tables and pictures from results/
 
 All runs of a cell (seeds × learning rates) are trained at once, as one batch of small matrices; the
 gradients of the workers, their Gramian and the weights are those of data-parallel training.

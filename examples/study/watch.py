@@ -2,7 +2,8 @@
 
     python examples/study/watch.py    # results/watched.json; about three minutes on one core
 
-One entry for each setting of study.py that is on file, averaged over 20 trainings.
+One entry for each setting of study.py that is on file, averaged over 20 trainings. Entries that are
+there already stay.
 """
 
 from __future__ import annotations
@@ -53,19 +54,21 @@ def shown(line: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = []
+    path = RESULTS / "watched.json"
+    found = json.loads(path.read_text()) if path.exists() else []
     lines = [
         json.loads(text)
-        for path in sorted(RESULTS.glob("*.jsonl"))
-        for text in path.read_text().splitlines()
+        for results in sorted(RESULTS.glob("*.jsonl"))
+        for text in results.read_text().splitlines()
     ]
     means = [line for line in lines if line["cell"]["method"] == "mean"]
     for i, line in enumerate(means):
         cell = {k: v for k, v in line["cell"].items() if k != "method"}
-        found.append({"cell": cell, **shown(line)})
+        if cell not in (entry["cell"] for entry in found):
+            found.append({"cell": cell, **shown(line)})
         print(f"{i + 1}/{len(means)}", *cell.values(), flush=True)
     text = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in found)
-    (RESULTS / "watched.json").write_text(f"[\n{text}\n]\n")
+    path.write_text(f"[\n{text}\n]\n")
 
 
 if __name__ == "__main__":
