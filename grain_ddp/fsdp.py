@@ -1,7 +1,7 @@
 """FSDP2: call `apply` after `fully_shard`, and what reduces the gradients is GRAIN.
 
 fully_shard(model)
-grain_ddp.fsdp.apply(model, GrainState(scope="bucket"))
+grain_ddp.fsdp.apply(model, GrainState())
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RESET = "_reset_iter_state"  # since torch 2.13, behind FSDPModule.reset_iter_s
 def apply(model: nn.Module, state: GrainState) -> None:
     """Aggregate the gradients of an FSDP2 model with GRAIN: one weight vector per FSDP unit.
 
-    Call it on every rank after the last `fully_shard`, with the root: the module whose forward
+    So the state's scope becomes "bucket", the only one.     Call it on every rank after the last `fully_shard`, with the root: the module whose forward
     you call. The reduce-scatter of each unit is replaced; everything else is FSDP's own, and
     ``state.last`` is the record of the latest backward pass that reduced gradients. Its leading
     axis has the units in the order in which the backward pass reduced them.
@@ -44,7 +44,7 @@ def apply(model: nn.Module, state: GrainState) -> None:
     Raises:
         RuntimeError: a PyTorch before 2.9, or one whose FSDP2 is not the one known here.
         TypeError: the model is no FSDP2 module, or the state no `GrainState`.
-        ValueError: the scope is not "bucket", the state or the model is in use already, a
+        ValueError: several `microbatches`, the state or the model is in use already, a
             parameter is not sharded or sharded otherwise than the others, or the ranks' options
             differ.
     """
@@ -195,15 +195,12 @@ class _ReduceScatter:
 
 
 def _check_options(state: GrainState) -> None:
-    if state.scope != "bucket":
+    if state.microbatches != 1:
         raise ValueError(
-            "grain_ddp: with FSDP2 there is one weight vector per FSDP unit, so scope must be "
-            f'"bucket", but it is {state.scope!r}. Write GrainState(scope="bucket").'
+            f"grain_ddp: with FSDP2 microbatches must be 1, but it is {state.microbatches}."
         )
-    for name, only in (("groups", "rank"), ("microbatches", 1)):
-        found = getattr(state, name)
-        if found != only:
-            raise ValueError(f"grain_ddp: with FSDP2 {name} must be {only!r}, but it is {found!r}.")
+    if state.scope != "bucket":
+        state.scope = "bucket"  # the only one
 
 
 def _groups(

@@ -20,7 +20,7 @@ from ranks import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import grain_ddp._core.aggregation as aggregation_module
+import grain_ddp._core.transposed as transposed
 from grain_ddp import GrainState, grain_hook, reduce_gradients
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.passes import Passes
@@ -50,7 +50,7 @@ def gradient(rank: int, bucket: int, length: int) -> torch.Tensor:
 
 def aggregate(options: dict[str, Any], ours: list[int], dtypes: list[torch.dtype]) -> Any:
     """Every bucket's result, and the record, of a step in which messages are many and small."""
-    aggregation_module.MESSAGE_BYTES, aggregation_module.SCRATCH_BYTES = 1 << 16, 1 << 19
+    transposed.MESSAGE_BYTES, transposed.SCRATCH_BYTES = 1 << 16, 1 << 19
     aggregation = Aggregation(GrainState(**options), TorchWire(dist.group.WORLD))
     found = []
     for _ in range(2):  # memory is used again
@@ -223,7 +223,7 @@ def exact_passes(module: nn.Module, steps: range) -> torch.Tensor:
 
 def passes(m: int, options: dict[str, Any], ddp: dict[str, Any] | None) -> float:
     """Steps of m passes, by DDP or (None) by reduce_gradients: the worst error of an aggregate."""
-    aggregation_module.MESSAGE_BYTES = 1 << 10
+    transposed.MESSAGE_BYTES = 1 << 10
     state, module = GrainState(microbatches=m, **options), network()
     model: nn.Module = module
     if ddp is not None:

@@ -243,10 +243,10 @@ def program(folder: str, *cases: str) -> None:
     import torch
     from mpi4py import MPI
 
-    import grain_ddp._core.aggregation as aggregation
+    import grain_ddp._core.transposed as transposed
 
     torch.set_num_threads(1)
-    aggregation.MESSAGE_BYTES = 1 << 12  # several messages per slice
+    transposed.MESSAGE_BYTES = 1 << 12  # several messages per slice
     world = MPI.COMM_WORLD
     found: dict[str, Any] = {}
     for case in cases:

@@ -14,20 +14,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
 from grain_ddp._core.columns import Columns
+from grain_ddp._core.groups import Grouping, partition
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
+from grain_ddp._core.sketched import Exchange, sketch_size
 from grain_ddp._core.state import GrainState, Owner
+from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.views import Views, length, part, read, write
+from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, check_groups, uniform
+from grain_ddp._math.sketch import Sketch
+from grain_ddp._math.weighting import check_groups
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
+
+PADDED = 1.25
+"""Parts are summed by one reduce-scatter if padding to equal lengths makes them no longer."""
 
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
@@ -63,8 +70,9 @@ def share(
 class _Bucket:
     """What shares one push: its columns, their Gramian, and what goes to others when weighed."""
 
-    def __init__(self, like: Tensor, gramian: Tensor | None) -> None:
-        self.like, self.gramian = like, gramian
+    def __init__(self, owned: Sequence[Views]) -> None:
+        self.owned, self.like = owned, next(view for views in owned for view in views)
+        self.gramian: Tensor | None = None
         self.columns: list[Columns] = []
         self.moved: list[tuple[int, int, Tensor]] = []  # weigher, owner, view
 
@@ -90,16 +98,17 @@ class ShardedAggregation:
         scratch: float = math.inf,
     ) -> None:
         options = state.options
-        for name, only in (("groups", "rank"), ("microbatches", 1)):
-            if getattr(options, name) != only:
-                raise ValueError(
-                    f"grain_ddp: {name} must be {only!r} where gradients are sharded, but it is "
-                    f"{getattr(options, name)!r} (this is rank {wire.rank}). DDP and "
-                    "reduce_gradients have groups of other sizes."
-                )
+        if options.microbatches != 1:
+            raise ValueError(
+                "grain_ddp: microbatches must be 1 where gradients are sharded, but it is "
+                f"{options.microbatches} (this is rank {wire.rank}). DDP and reduce_gradients have "
+                "several."
+            )
         state.bind(owner or self, wire)
-        check_groups(options.weighting, wire.size)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
+        self._grouping = Grouping(partition(options.groups, wire))
+        check_groups(options.weighting, len(self._grouping.groups))
+        self._k = sketch_size(options, wire)
         self._limit = int(min(scratch, SCRATCH_BYTES))
         self._marks = Marks()
         self.drop()
@@ -112,6 +121,7 @@ class ShardedAggregation:
         self._kind: Kind | None = None  # of the step, from its first push on
         self._found: list[AnyWeights] = []
         self._buckets: list[_Bucket] = []  # not weighed yet
+        self._sketch: Sketch | None = None  # of what is not weighed yet
         self._scratch = Scratch()
 
     @property
@@ -128,7 +138,14 @@ class ShardedAggregation:
             if self._kind is None:
                 self._kind = self.options.kind(self.state.step)
                 self._marks.begin(self.state.step)
-            self._receive(owned)
+            bucket = _Bucket(owned)
+            self._buckets.append(bucket)
+            for views in owned:
+                self._marks.push(length(views), bucket.like.dtype)
+            if self._k is None:
+                self._receive(bucket, self._kind.has_gramian)
+            elif self._kind.has_gramian:
+                self._add(bucket, self._k)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -150,17 +167,23 @@ class ShardedAggregation:
         self.state.advance(record)
         return record
 
-    def _receive(self, owned: Sequence[Views]) -> None:
-        """Exchange the parts, two sets of columns at a time, and add up the Gramian of the rows."""
-        assert self._kind is not None
-        n, like = self.wire.size, next(view for views in owned for view in views)
-        zeros = like.new_zeros(n, n, dtype=torch.float64) if self._kind.has_gramian else None
-        bucket = _Bucket(like, zeros)
-        self._buckets.append(bucket)
-        weighed, bucket.moved = share(owned)
+    def _add(self, bucket: _Bucket, k: int) -> None:
+        """Add the gradient to the sketch."""
+        if self._sketch is None:
+            total = sum(map(length, bucket.owned))
+            most = min(k, total) if self.options.scope == "bucket" else k
+            self._sketch = Sketch(most, bucket.like, self.state.step)
+        for views in bucket.owned:
+            for view in views:
+                self._sketch.add(view)
+
+    def _receive(self, bucket: _Bucket, counted: bool) -> None:
+        """Exchange the parts, two sets of columns at a time; add up their Gramian, if it counts."""
+        n, like = self.wire.size, bucket.like
+        if counted:
+            bucket.gramian = like.new_zeros(n, n, dtype=torch.float64)
+        weighed, bucket.moved = share(bucket.owned)
         lengths = [length(views) for views in weighed]
-        for size in lengths:
-            self._marks.push(size, like.dtype)
         message = max(self._limit // (4 * n), SMALLEST_MESSAGE_BYTES)
         if like.device.type == "cpu":
             message = min(message, MESSAGE_BYTES)
@@ -189,27 +212,72 @@ class ShardedAggregation:
     def _weigh(self) -> None:
         """The weights of what waits for them, and this rank's part of the aggregate."""
         assert self._kind is not None
-        n, buckets, exact = self.wire.size, self._buckets, False
-        found: AnyWeights = uniform(n)
+        n, dropped, exact = self.wire.size, list[int](), False
         if self._kind.has_gramian:
-            total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
-            every = [columns for bucket in buckets for columns in bucket.columns]
-            summed = GramianSum(self.state, self.wire, total, every, self._marks)
-            found, exact = summed.weights(), summed.exact
-        for bucket in buckets:
-            factors = found.factors_for(bucket.like, exact=exact) * self.scale
-            for columns in bucket.columns:
-                columns.reduce(factors, found.dropped, exact=exact)
-                columns.give_back()
-                self._clear(columns, found)
-            self._forward(bucket)
-        self._found.append(found)
-        self._buckets = []
+            summed = self._sum()
+            self._found.append(summed.weights())
+        for bucket in self._buckets:
+            if self._kind.averages:
+                factors = torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.like.device)
+            else:
+                factors, dropped = summed.factors_for(bucket.like)
+                exact = summed.exact
+            if self._k is None:
+                self._reduce(bucket, factors * self.scale, dropped, exact)
+            else:
+                self._reduce_scatter(bucket, factors[self.wire.rank] * self.scale)
+        self._buckets, self._sketch = [], None
 
-    def _clear(self, columns: Columns, found: AnyWeights) -> None:
+    def _sum(self) -> GramianSum:
+        """The sum of the Gramian of what waits, over the ranks."""
+        if self._sketch is not None:
+            exchange = Exchange(self._sketch, self.wire, self._scratch)
+            summed = exchange.sum(self.state, self._grouping, self._marks)
+            summed.weights()
+            exchange.end()
+            return summed
+        total = torch.stack([b.gramian for b in self._buckets if b.gramian is not None]).sum(0)
+        every = [columns for bucket in self._buckets for columns in bucket.columns]
+        return GramianSum(self.state, self.wire, total, every, self._marks, grouping=self._grouping)
+
+    def _reduce(
+        self, bucket: _Bucket, factors: Tensor, dropped: Sequence[int], exact: bool
+    ) -> None:
+        """The weighted sum of what was received."""
+        for columns in bucket.columns:
+            columns.reduce(factors, dropped, exact=exact)
+            columns.give_back()
+            self._clear(columns, dropped)
+        self._forward(bucket)
+
+    def _reduce_scatter(self, bucket: _Bucket, weight: Tensor) -> None:
+        """The sum of all ranks' weighed gradients, by the backend."""
+        n, like, me = self.wire.size, bucket.like, self.wire.rank
+        near = self.wire.shares_memory(like.device)  # which is faster
+        for views in bucket.owned:
+            for view in views:
+                weigh_(view, weight * n if near else weight)
+        if near:
+            self._receive(bucket, False)
+            equal = torch.full((n,), 1 / n, dtype=torch.float64, device=like.device)
+            self._reduce(bucket, equal, (), False)
+            return
+        lengths = [length(views) for views in bucket.owned]
+        if n * max(lengths) <= PADDED * sum(lengths):
+            rows = like.new_zeros(n, max(lengths))
+            for row, views, width in zip(rows, bucket.owned, lengths, strict=True):
+                row[:width] = read(views, like)
+            write(bucket.owned[me], self.wire.reduce_scatter(rows, "the gradients"))
+            return
+        sums = [read(views, like) for views in bucket.owned]
+        for transfer in [self.wire.reduce(one, j, "the gradients") for j, one in enumerate(sums)]:
+            transfer.wait()
+        write(bucket.owned[me], sums[me])
+
+    def _clear(self, columns: Columns, dropped: Sequence[int]) -> None:
         """Leave no NaN beside this rank's own part, where an optimizer would find it."""
-        unknown = isinstance(found, DeviceWeights) and self.options.nonfinite == "drop"
-        if found.dropped or unknown:
+        # On a GPU it is not known which are dropped.
+        if dropped or (self.options.nonfinite == "drop" and self.wire.device.type != "cpu"):
             for rank, views in enumerate(columns.slots):
                 for view in views if rank != self.wire.rank else ():
                     view.zero_()

@@ -238,8 +238,8 @@ def _grain(run: Run) -> Iterator[Finding]:
         said = f"one group {had} more than {HEAVY} of GRAIN's weight, or the step {was} shorter"
         yield Finding(
             "weights",
-            f"In {percent(ruled(run))} of the records {said} than {SHORT} of the mean's: one group all "
-            "but decides. Trainings like that did worse than the mean's more often than better "
+            f"In {percent(ruled(run))} of the records {said} than {SHORT} of the mean's: one group "
+            "all but decides. Trainings like that did worse than the mean's more often than better "
             '(documentation, "Does it help?"). Set cap=1.5, or weighting="upgrad", which stays as '
             "long as the mean where nothing conflicts; or stay with the mean.",
             LOOK if run.min_norm else None,

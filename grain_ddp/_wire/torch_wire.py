@@ -178,6 +178,28 @@ class TorchWire(Wire):
             raise self.lost(error, None, what) from error
         return Transfer([(work.wait, None)], [values], (), self, what)
 
+    def reduce_scatter(self, rows: Tensor, what: object = "a sum") -> Tensor:
+        """The backend's own sum over the ranks of row [c] number `rank` of ``rows`` [n, c]."""
+        if self.whole.checking:
+            self.whole._check("sum", [rows] * self.size, [rows] * self.size, what)
+        out = torch.empty_like(rows[0])
+        try:
+            work = dist.reduce_scatter_tensor(out, rows.view(-1), group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self.lost(error, None, what) from error
+        Transfer([(work.wait, None)], [rows, out], (), self, what).wait()
+        return out
+
+    def reduce(self, values: Tensor, rank: int, what: object = "a sum") -> Transfer:
+        """Start the backend's own sum over the ranks, for one of them, in place."""
+        if self.whole.checking:
+            self.whole._check("sum", [values] * self.size, [values] * self.size, what)
+        try:
+            work = dist.reduce(values, group_dst=rank, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self.lost(error, None, what) from error
+        return Transfer([(work.wait, None)], [values], (), self, what)
+
     def _objects(self, value: Any, what: object) -> list[Any]:
         if self.device.type == "cpu" or self.size == 1:
             return super()._objects(value, what)
