@@ -32,14 +32,15 @@ _RESET = "_reset_iter_state"  # since torch 2.13, behind FSDPModule.reset_iter_s
 def apply(model: nn.Module, state: GrainState) -> None:
     """Aggregate the gradients of an FSDP2 model with GRAIN: one weight vector per FSDP unit.
 
-    So the state's scope becomes "bucket", the only one.     Call it on every rank after the last `fully_shard`, with the root: the module whose forward
+    Call it on every rank after the last `fully_shard`, with the root: the module whose forward
     you call. The reduce-scatter of each unit is replaced; everything else is FSDP's own, and
     ``state.last`` is the record of the latest backward pass that reduced gradients. Its leading
-    axis has the units in the order in which the backward pass reduced them.
+    axis has the units in the order in which the backward pass reduced them; so the state's scope
+    becomes "bucket", the only one.
 
-    One group is a rank of the mesh that shards. With a mesh ``[replicas, shards]`` each replica
-    aggregates for itself, and FSDP averages the replicas. Where the model is sharded over one rank
-    there is nothing to aggregate: then there are no records, and a warning is logged.
+    Groups are made of the ranks of the mesh that shards. With a mesh ``[replicas, shards]`` each
+    replica aggregates for itself, and FSDP averages the replicas. Where the model is sharded over
+    one rank there is nothing to aggregate: then there are no records, and a warning is logged.
 
     Raises:
         RuntimeError: a PyTorch before 2.9, or one whose FSDP2 is not the one known here.

@@ -15,7 +15,7 @@ from grain_ddp._core.columns import Columns
 from grain_ddp._core.groups import Grouping
 from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
-from grain_ddp._math.record import PendingRecord, StepRecord
+from grain_ddp._math.record import Array, PendingRecord, StepRecord
 from grain_ddp._math.sketch import rescale
 from grain_ddp._math.weighting import DeviceWeights, Weights, weigh_tensor
 from grain_ddp._wire.wire import Wire
@@ -50,9 +50,16 @@ def full(triangle: Tensor, r: int) -> Tensor:
 
 
 def weights_of(
-    options: Options, step: int, gramian: Tensor, error: Tensor | None = None
+    options: Options,
+    step: int,
+    gramian: Tensor,
+    shares: Array | None = None,
+    error: Tensor | None = None,
 ) -> AnyWeights:
-    """The weights that the options give for a Gramian [r, r]; `error` is that of a sketch."""
+    """The weights that the options give for a Gramian [r, r].
+
+    `shares` are those of the rows in the plain mean, if they are not alike; `error` is a sketch's.
+    """
     return weigh_tensor(
         gramian,
         options.weighting,
@@ -60,6 +67,7 @@ def weights_of(
         normalize=options.normalize,
         nonfinite=options.nonfinite,
         seed=step,
+        shares=shares,
         sketch_error=error,
     )
 
@@ -177,8 +185,9 @@ class GramianSum:
         gramian, error = full(triangle, self._size), None
         if more:
             gramian, error = rescale(gramian, more[0])
+        state, grouping = self._state, self._grouping
         weights = weights_of(
-            self._state.options, self._state.step, self._grouping.gramian(gramian), error
+            state.options, state.step, grouping.gramian(gramian), grouping.shares, error
         )
         self._marks.weigh(weights)
         return weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,9 @@ class Grouping:
         self.sizes = [len(group) for group in groups]
         # Whether each rank is a group, in order.
         self.trivial = self.groups == [[rank] for rank in range(len(groups))]
+        # Of each group in the mean over all ranks; None: all alike.
+        alike = len(set(self.sizes)) == 1
+        self.shares = None if alike else np.array(self.sizes) / sum(self.sizes)
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def gramian(self, gramian: Tensor) -> Tensor:

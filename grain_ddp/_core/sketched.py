@@ -154,7 +154,7 @@ class Sketched(Stages):
         factors, _ = bucket.sum.factors_for(bucket.buffer)
         self._plain.enter(bucket, factors[self.wire.rank])
         self._entered.append(bucket)
-        if len(self._entered) > 2:  # of which others' rows have long arrived, if they are wanted
+        if len(self._entered) > 1:  # before the next weights: a rank may wait for this to be read
             self._finish(self._entered.pop(0))
 
     def _finish(self, bucket: Bucket) -> None:

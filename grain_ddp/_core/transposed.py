@@ -66,10 +66,12 @@ class Transposed(Stages):
         self, state: GrainState, wire: Wire, groups: Sequence[Sequence[int]], marks: Marks
     ) -> None:
         super().__init__(state, marks)
-        self.grouping = Grouping([[rank] for rank in range(len(groups))])
+        m = self.options.microbatches
+        self.rows = len(groups) * m
+        self._grouping = Grouping([[row] for row in range(self.rows)])
         self._inside: Wire | None = None
         if len(set(map(len, groups))) > 1:
-            self.grouping = Grouping(groups)
+            self._grouping = Grouping(groups)
         else:
             mine = next(group for group in groups if wire.rank in group)
             position = mine.index(wire.rank)
@@ -77,8 +79,7 @@ class Transposed(Stages):
                 self._inside, self.lag = wire.among(mine, 1), 1
             if [group[0] for group in groups] != list(range(wire.size)):
                 wire = wire.among([group[position] for group in groups], 2)
-        m = self.options.microbatches
-        self.wire, self.rows = wire, len(groups) * m
+        self.wire = wire
         self._exchanged = wire.size * m  # rows, of which the groups may be made
         self.passes = Passes(wire.size, m)
         self._largest = 0  # bytes of a bucket, in this step or the last one
@@ -166,7 +167,7 @@ class Transposed(Stages):
         total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
         columns = [columns for bucket in buckets for columns in bucket.columns]
         summed = GramianSum(
-            self.state, self.wire, total, columns, self.marks, grouping=self.grouping
+            self.state, self.wire, total, columns, self.marks, grouping=self._grouping
         )
         for bucket in buckets:
             bucket.sum = summed

@@ -106,7 +106,7 @@ class Sketch:
             piece = values[at : at + take].to(self.values.dtype)
             some = table[start + inside : start + inside + take].to(piece.dtype)
             self.values[place : place + take].addcmul_(piece, some)
-            self._squares += _square(piece)
+            self._squares[0] += _square(piece)
             at, self.count = at + take, self.count + take
 
 

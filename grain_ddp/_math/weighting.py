@@ -187,6 +187,7 @@ def weigh(
     normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
+    shares: Array | None = None,
 ) -> Weights:
     """Weights of the n groups from their Gramian ``[n, n]`` (float64).
 
@@ -194,6 +195,8 @@ def weigh(
     n whatever the gradients are, as plain averaging does). With ``nonfinite="drop"`` so does one
     whose gradient is not finite. Otherwise, or if no group is finite, all weights are 1/n, so that
     the NaN or inf comes out as it would from averaging.
+
+    "mean" weighs groups by their `shares` [n] of what they are means of; None: all alike.
 
     A callable sees the Gramian of the groups that count. It runs with torch's global random
     generator seeded by `seed` and restored afterwards, so that all ranks draw alike.
@@ -208,6 +211,8 @@ def weigh(
         if normalize:
             weights, solution = normalized_min_norm(inner, cap)
             return weights, solution.status
+        if weighting == "mean" and shares is not None:
+            return shares[active] / shares[active].sum(), Status.MEAN
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule)
@@ -235,6 +240,7 @@ def weigh_tensor(
     normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
+    shares: Array | None = None,
     sketch_error: Tensor | None = None,
 ) -> Weights | DeviceWeights:
     """`weigh`, of a Gramian on any device. `sketch_error` is noted, a scalar, if it is a sketch's.
@@ -242,13 +248,22 @@ def weigh_tensor(
     On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
     wait. Else the Gramian is copied to the CPU, and the host waits for it.
     """
-    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize:
+    shares = None if weighting != "mean" else shares
+    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize and shares is None:
         from grain_ddp._math.kernel_solver import LARGEST
 
         if len(gramian) <= LARGEST:
             return DeviceWeights(gramian, weighting, cap, nonfinite, sketch_error)
     host = to_host(gramian).numpy()
-    weights = weigh(host, weighting, cap=cap, normalize=normalize, nonfinite=nonfinite, seed=seed)
+    weights = weigh(
+        host,
+        weighting,
+        cap=cap,
+        normalize=normalize,
+        nonfinite=nonfinite,
+        seed=seed,
+        shares=shares,
+    )
     return _sketched(weights, sketch_error)
 
 
