@@ -75,16 +75,17 @@ RULES: dict[str, Rule] = {
     "upgrad": upgrad,
     "krum": krum,
     "multi-krum": lambda G: krum(G, selected=len(G) - 1),
+    "cap 2, robust loss": lambda G: min_norm(G, cap=2).weights,
     "clip workers": clip_workers,
 }
-LOSSES = {"robust loss": "robust", "label smoothing": "smooth"}
-METHODS = [
-    "mean",
-    *(rule for rule in RULES if rule != "multi-krum"),
-    "gate",
-    "clip global",
-    *LOSSES,
-]
+LOSSES = {
+    "robust loss": "robust",
+    "label smoothing": "smooth",
+    "cap 2, robust loss": "robust",
+}
+LATER = ["multi-krum", "cap 2, robust loss"]  # exploratory: see protocol.md
+METHODS = ["mean", *RULES, "gate", "clip global", "robust loss", "label smoothing"]
+METHODS = [method for method in METHODS if method not in LATER]
 FEWER = ["mean", "min_norm", "cap 1.5", "cap 2", "normalize", "inverse_norm", "upgrad"]
 FEWER += ["krum", "robust loss"]
 
@@ -316,8 +317,9 @@ def cells() -> Iterator[Cell]:
         ("digits", ["clean", "wrong labels", "by class", "bad worker"], 8, 16, "sgd", FEWER),
         ("diabetes", ["clean", "heavy tails"], 4, 4, "sgd", FEWER),
         ("minilm", ["clean", "wrong labels"], 4, 16, "adamw", FEWER),
-        ("digits", whole, 8, 4, "sgd", ["multi-krum"]),
+        ("digits", whole, 8, 4, "sgd", LATER),
         ("diabetes", ["clean", "heavy tails"], 8, 4, "sgd", ["multi-krum"]),
+        ("minilm", ["clean", "wrong labels", "by class", "bad worker"], 8, 4, "adamw", LATER),
     ):
         for setting in settings:
             for method in methods:
