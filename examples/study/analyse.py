@@ -44,6 +44,7 @@ METHODS = {
     "upgrad": "`upgrad`",
     "multi-krum": "`multi_krum`",
     "robust loss": "mean, robust loss",
+    "cap 2, robust loss": "`cap=2`, robust loss",
     "early": "mean, early stopping",
 }
 
@@ -245,10 +246,14 @@ def tables() -> dict[str, str]:
     found = read()
     main = [DIGITS, MINILM, DIABETES]
     few = ["clean", "wrong labels", "bad worker", "by class", "long-tailed"]
+    alike = ["clean", "wrong labels", "bad worker"]
     columns = ["min_norm", "cap 2", "cap 1.5", "upgrad", "multi-krum", "robust loss"]
     return {
         "main": situations(found, main, columns),
         "short": situations(found, main[:2], ["min_norm", "cap 2", "upgrad", "robust loss"], few),
+        "robust": situations(
+            found, main[:2], ["min_norm", "cap 2", "robust loss", "cap 2, robust loss"], alike
+        ),
         "worst": worst(found),
         "monitor": monitor(found),
         "through ddp": through_ddp(),
