@@ -35,22 +35,25 @@ def cuts(n: int) -> dict[str, Cut]:
     }
 
 
+class Counting(TorchWire):
+    """Notes how many bytes each exchange sends."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.sent: list[int] = []  # that of the wires inside, too
+
+    def exchange(self, send: Any, receive: Any, *what: Any) -> Any:
+        self.sent += [t.nbytes for j, t in enumerate(send) if j != self.rank]
+        return super().exchange(send, receive, *what)
+
+
 def aggregate(
     cut: Cut, options: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype, scale: float
 ) -> Any:
     """(largest error of this rank's part, bytes sent); gradients share half of their direction."""
     for name, value in sizes.items():
         setattr(sharded_module, name, value)
-    wire = TorchWire(dist.group.WORLD)
-    sent = 0
-    exchange = wire.exchange
-
-    def counting(send: Any, receive: Any, *what: Any) -> Any:
-        nonlocal sent
-        sent += sum(t.nbytes for j, t in enumerate(send) if j != wire.rank)
-        return exchange(send, receive, *what)
-
-    wire.exchange = counting  # type: ignore[method-assign]
+    wire = Counting(dist.group.WORLD)
     state = GrainState(**options)
     aggregation = ShardedAggregation(state, wire, scale=scale)
     results, wholes = [], []
@@ -84,7 +87,7 @@ def aggregate(
     for (gradient, mine), point in zip(results, points, strict=True):
         if mine.any():
             worst = max(worst, relative_error(gradient[mine], scale * point[mine]))
-    return worst, sent
+    return worst, sum(wire.sent)
 
 
 def every_cut(every_options: list[dict[str, Any]], every_sizes: list[dict[str, int]]) -> float:

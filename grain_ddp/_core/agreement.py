@@ -121,7 +121,8 @@ class GramianSum:
     """The Gramian of some columns on its way: started here, `weights` when they are wanted.
 
     ``total`` [r, r] is the Gramian of this rank's `columns`, of one scope, which have arrived.
-    With a `square`, the scalar ‖g‖² of this rank's own gradient, it is one of sketches.
+    Of sketches it has an `error`, a scalar; or, where each row is a rank's, it is put right by all
+    ranks' exact squared norms, of which `square` is this one's.
     """
 
     def __init__(
@@ -134,19 +135,19 @@ class GramianSum:
         *,
         grouping: Grouping,
         square: Tensor | None = None,
+        error: Tensor | None = None,
     ) -> None:
         self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
-        self._grouping, self._square = grouping, square
+        self._grouping, self._square, self._error = grouping, square, error
         self.exact = False  # whether the weights are those of an exact Gramian
         self._found: AnyWeights | None = None
         self._start(total)
 
     def _start(self, gramian: Tensor) -> None:
-        self._size, whole = len(gramian), self._wire.whole
-        parts = [upper(gramian)]
+        self._size, parts = len(gramian), [upper(gramian)]
         if self._square is not None:
-            squares = gramian.new_zeros(whole.size)
-            squares[whole.rank] = self._square
+            squares = gramian.new_zeros(self._wire.size)
+            squares[self._wire.rank] = self._square
             parts.append(squares)
         self._numbers = gramian.new_empty(0)
         if gramian.device.type == "cpu":
@@ -182,7 +183,7 @@ class GramianSum:
             expected = self._numbers * self._wire.whole.size
             if more.pop().tolist() != expected.tolist():
                 self._marks.differ(self._wire)
-        gramian, error = full(triangle, self._size), None
+        gramian, error = full(triangle, self._size), self._error
         if more:
             gramian, error = rescale(gramian, more[0])
         state, grouping = self._state, self._grouping

@@ -35,6 +35,17 @@ def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[l
     return found
 
 
+def levels(groups: Sequence[Sequence[int]], wire: Wire) -> tuple[Wire | None, Wire]:
+    """Of groups of one size: the wire inside of the own one, if that is of several ranks, and the
+    one across, among the ranks of the same position. Collective."""
+    mine = next(group for group in groups if wire.rank in group)
+    position = mine.index(wire.rank)
+    inside = wire.among(mine, 1) if len(mine) > 1 else None
+    if [group[0] for group in groups] == list(range(wire.size)):
+        return inside, wire
+    return inside, wire.among([group[position] for group in groups], 2)
+
+
 class Grouping:
     """Groups of ranks as algebra: A G Aᵀ of the ranks' Gramian G, and Aᵀw of the groups' weights w.
 

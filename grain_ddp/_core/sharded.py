@@ -20,7 +20,7 @@ from grain_ddp._core.groups import Grouping, partition
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
-from grain_ddp._core.sketched import Exchange, sketch_size
+from grain_ddp._core.sketched import Exchange, Sketches, sketch_size
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.views import Views, length, part, read, write
@@ -106,11 +106,11 @@ class ShardedAggregation:
             )
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
-        self._grouping = Grouping(partition(options.groups, wire))
-        check_groups(options.weighting, len(self._grouping.groups))
-        self._k = sketch_size(options, wire)
+        groups, k = partition(options.groups, wire), sketch_size(options, wire)
+        check_groups(options.weighting, len(groups))
+        self._grouping, self._marks = Grouping(groups), Marks()
+        self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))
-        self._marks = Marks()
         self.drop()
 
     def __str__(self) -> str:
@@ -123,6 +123,8 @@ class ShardedAggregation:
         self._buckets: list[_Bucket] = []  # not weighed yet
         self._sketch: Sketch | None = None  # of what is not weighed yet
         self._scratch = Scratch()
+        if self._sketches is not None:
+            self._sketches.drop()
 
     @property
     def pending(self) -> bool:
@@ -142,10 +144,10 @@ class ShardedAggregation:
             self._buckets.append(bucket)
             for views in owned:
                 self._marks.push(length(views), bucket.like.dtype)
-            if self._k is None:
+            if self._sketches is None:
                 self._receive(bucket, self._kind.has_gramian)
             elif self._kind.has_gramian:
-                self._add(bucket, self._k)
+                self._add(bucket, self._sketches)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -167,12 +169,12 @@ class ShardedAggregation:
         self.state.advance(record)
         return record
 
-    def _add(self, bucket: _Bucket, k: int) -> None:
+    def _add(self, bucket: _Bucket, sketches: Sketches) -> None:
         """Add the gradient to the sketch."""
         if self._sketch is None:
-            total = sum(map(length, bucket.owned))
-            most = min(k, total) if self.options.scope == "bucket" else k
-            self._sketch = Sketch(most, bucket.like, self.state.step)
+            alone = self.options.scope == "bucket"
+            most = sum(map(length, bucket.owned)) if alone else sketches.k
+            self._sketch = sketches.empty(bucket.like, most)
         for views in bucket.owned:
             for view in views:
                 self._sketch.add(view)
@@ -212,27 +214,34 @@ class ShardedAggregation:
     def _weigh(self) -> None:
         """The weights of what waits for them, and this rank's part of the aggregate."""
         assert self._kind is not None
-        n, dropped, exact = self.wire.size, list[int](), False
-        if self._kind.has_gramian:
-            summed = self._sum()
+        sketches = self._sketches
+        summed = self._sum() if self._kind.has_gramian else None
+        if summed is not None:
             self._found.append(summed.weights())
+        if self._kind.averages:
+            summed = None
         for bucket in self._buckets:
-            if self._kind.averages:
-                factors = torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.like.device)
+            if sketches is not None:
+                weight = self._equal(bucket)[0]
+                if summed is not None:
+                    weight = sketches.weight(summed, bucket.like)
+                self._reduce_scatter(bucket, weight * self.scale)
+            elif summed is None:
+                self._reduce(bucket, self._equal(bucket) * self.scale)
             else:
                 factors, dropped = summed.factors_for(bucket.like)
-                exact = summed.exact
-            if self._k is None:
-                self._reduce(bucket, factors * self.scale, dropped, exact)
-            else:
-                self._reduce_scatter(bucket, factors[self.wire.rank] * self.scale)
+                self._reduce(bucket, factors * self.scale, dropped, summed.exact)
         self._buckets, self._sketch = [], None
+
+    def _equal(self, bucket: _Bucket) -> Tensor:
+        n = self.wire.size
+        return torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.like.device)
 
     def _sum(self) -> GramianSum:
         """The sum of the Gramian of what waits, over the ranks."""
-        if self._sketch is not None:
-            exchange = Exchange(self._sketch, self.wire, self._scratch)
-            summed = exchange.sum(self.state, self._grouping, self._marks)
+        if self._sketches is not None and self._sketch is not None:
+            exchange = Exchange(self._sketches, self._sketch)
+            summed = exchange.sum()
             summed.weights()
             exchange.end()
             return summed
@@ -241,7 +250,11 @@ class ShardedAggregation:
         return GramianSum(self.state, self.wire, total, every, self._marks, grouping=self._grouping)
 
     def _reduce(
-        self, bucket: _Bucket, factors: Tensor, dropped: Sequence[int], exact: bool
+        self,
+        bucket: _Bucket,
+        factors: Tensor,
+        dropped: Sequence[int] = (),
+        exact: bool = False,
     ) -> None:
         """The weighted sum of what was received."""
         for columns in bucket.columns:
@@ -259,8 +272,7 @@ class ShardedAggregation:
                 weigh_(view, weight * n if near else weight)
         if near:
             self._receive(bucket, False)
-            equal = torch.full((n,), 1 / n, dtype=torch.float64, device=like.device)
-            self._reduce(bucket, equal, (), False)
+            self._reduce(bucket, self._equal(bucket))
             return
         lengths = [length(views) for views in bucket.owned]
         if n * max(lengths) <= PADDED * sum(lengths):

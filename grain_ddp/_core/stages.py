@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Bucket:
         self.blocks: list[Tensor] = []  # of several passes
         self.inside: list[Columns] = []  # exchanged inside of the group
         self.columns: list[Columns] = []  # exchanged between the groups
-        self.sketched: list[Columns] = []  # of its sketch; or of the step's
+        self.exchange: Exchange | None = None  # of its sketch; of the step's in the last one
         self.crossed = self.arrived = self.weighed = self.reduced = False
         self.gramian: Tensor | None = None
         self.sum: GramianSum | None = None  # of its Gramian; or the step's
@@ -39,8 +40,19 @@ class Bucket:
     def transfers(self) -> list[Transfer]:
         """Everything that may be under way."""
         own = [self.transfer] if self.sum is None else [self.transfer, self.sum.transfer]
-        columns = self.inside + self.columns + self.sketched
-        return own + [one.transfer for one in columns]
+        sketched = [] if self.exchange is None else self.exchange.transfers
+        return own + sketched + [columns.transfer for columns in self.inside + self.columns]
+
+
+class Exchange(Protocol):
+    """Something beside the bucket that is under way for it, and makes its Gramian."""
+
+    @property
+    def transfers(self) -> list[Transfer]: ...
+
+    def sum(self) -> GramianSum: ...
+
+    def end(self) -> None: ...
 
 
 class Stages(ABC):

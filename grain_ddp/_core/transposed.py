@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grain_ddp._core.agreement import GramianSum, Marks
 from grain_ddp._core.columns import Columns
-from grain_ddp._core.groups import Grouping
+from grain_ddp._core.groups import Grouping, levels
 from grain_ddp._core.options import Kind
 from grain_ddp._core.passes import Passes
 from grain_ddp._core.scratch import Scratch
@@ -59,6 +59,20 @@ def cut_columns(
     return every
 
 
+def own_slice(buffer: Tensor, wire: Wire) -> Tensor:
+    """Where `cut_columns` has this rank's columns."""
+    width, me = len(buffer) // wire.size, wire.rank
+    return buffer[width * me : len(buffer) if me == wire.size - 1 else width * (me + 1)]
+
+
+def mean_inside(every: Sequence[Columns]) -> None:
+    """Complete the exchange inside of a group: the own columns hold its mean."""
+    for columns in every:
+        columns.arrive()
+        n, like = columns.wire.size, columns.own[0]
+        columns.reduce(torch.full((n,), 1 / n, dtype=torch.float64, device=like.device))
+
+
 class Transposed(Stages):
     """Rows are exchanged, weighed and gathered; or the backend averages, where that is all."""
 
@@ -73,12 +87,8 @@ class Transposed(Stages):
         if len(set(map(len, groups))) > 1:
             self._grouping = Grouping(groups)
         else:
-            mine = next(group for group in groups if wire.rank in group)
-            position = mine.index(wire.rank)
-            if len(mine) > 1:
-                self._inside, self.lag = wire.among(mine, 1), 1
-            if [group[0] for group in groups] != list(range(wire.size)):
-                wire = wire.among([group[position] for group in groups], 2)
+            self._inside, wire = levels(groups, wire)
+            self.lag = 0 if self._inside is None else 1
         self.wire = wire
         self._exchanged = wire.size * m  # rows, of which the groups may be made
         self.passes = Passes(wire.size, m)
@@ -121,23 +131,18 @@ class Transposed(Stages):
         if self._inside is None:
             self.cross(bucket)
             return
-        k, me = self._inside.size, self._inside.rank
         message = self.message(buffer)
         bucket.inside = cut_columns(buffer, self._inside, message, narrow=narrow)
         for columns in bucket.inside:
             columns.send(self._scratch_inside, _scratch_inside_bytes())
-        width = len(buffer) // k
-        bucket.own = buffer[width * me : len(buffer) if me == k - 1 else width * (me + 1)]
+        bucket.own = own_slice(buffer, self._inside)
 
     def cross(self, bucket: Bucket) -> None:
         if bucket.crossed:
             return
         bucket.crossed = True
         if self._inside is not None:
-            equal = self._equal(self._inside.size, bucket)
-            for columns in bucket.inside:
-                columns.arrive()
-                columns.reduce(equal)
+            mean_inside(bucket.inside)
         own = bucket.own
         if self.kind.has_gramian:
             size = (self._exchanged, self._exchanged)

@@ -88,6 +88,12 @@ class Sketch:
         """The squared norm of what was added, a float64 scalar; it is not a sketch's."""
         return self._squares.sum()
 
+    @property
+    def expected_error(self) -> Tensor:
+        """By the bound above, a float64 scalar; `rescale` tells what it was."""
+        bound = 0.0 if self.exact else (2 / len(self.values)) ** 0.5
+        return torch.full((), bound, dtype=torch.float64, device=self.values.device)
+
     def add(self, values: Tensor) -> None:
         """Add the next numbers [c] of the gradient."""
         k, at = len(self.values), 0

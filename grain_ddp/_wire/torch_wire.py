@@ -24,6 +24,10 @@ _FIRST_TAG, _TAGS = 0x6000, 0x1000
 _OBJECTS, _PROBE = 0x5FFE, 0x5FFF
 
 
+# The name since PyTorch 2.13, or the one before.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 def default_group() -> dist.ProcessGroup:
     """The group of all ranks. RuntimeError if there is none yet."""
     group = dist.group.WORLD
@@ -184,7 +188,7 @@ class TorchWire(Wire):
             self.whole._check("sum", [rows] * self.size, [rows] * self.size, what)
         out = torch.empty_like(rows[0])
         try:
-            work = dist.reduce_scatter_tensor(out, rows.view(-1), group=self.group, async_op=True)
+            work = _reduce_scatter(out, rows.view(-1), group=self.group, async_op=True)
         except RuntimeError as error:
             raise self.lost(error, None, what) from error
         Transfer([(work.wait, None)], [rows, out], (), self, what).wait()
