@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from grain_ddp._tools.findings import MANY
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/does-it-help.md", ROOT / "docs/benchmarks/study.md"]
@@ -156,6 +158,23 @@ def monitor(found: dict[Block, Settings]) -> str:
     return rows_of(header, rows)
 
 
+def limit(found: dict[Block, Settings]) -> str:
+    """How min-norm fared on both sides of the report's limit, in classification."""
+    counts = np.zeros((2, 2, 3), int)  # [below or not, before or after, lost, neither, won]
+    for block, setting, seen in watched():
+        methods = found[block][setting]
+        if block[0] == "diabetes" or "min_norm" not in methods:
+            continue
+        difference, half, _ = paired(methods["min_norm"], methods["mean"])
+        outcome = 1 + int(np.sign(difference)) * (abs(difference) > half)
+        counts[int(seen["ruled"] < MANY), int(block not in (DIGITS, MINILM)), outcome] += 1
+    names = ["in a third of the records or more", "in fewer"]
+    words = [[" / ".join(map(str, cell)) for cell in row] for row in counts]
+    header = ["one group all but decides", "limit set from these: lost / neither / won"]
+    header.append("watched later: lost / neither / won")
+    return rows_of(header, [[name, *row] for name, row in zip(names, words, strict=True)])
+
+
 def watched() -> list[tuple[Block, str, dict[str, float]]]:
     found = []
     for entry in json.loads((HERE / "results" / "watched.json").read_text()):
@@ -256,6 +275,7 @@ def tables() -> dict[str, str]:
         ),
         "worst": worst(found),
         "monitor": monitor(found),
+        "limit": limit(found),
         "through ddp": through_ddp(),
         "theory": theory(),
         "everything": everything(found),
