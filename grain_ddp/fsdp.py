@@ -120,7 +120,7 @@ class _ReduceScatter:
         self.model, self.state = model, state
         self.units = _units(model)
         self.shards, self.replicas = _groups(model, state)
-        self.started = False
+        self.started, self.pushed = False, 0
         self.prepare()
 
     def prepare(self) -> None:
@@ -167,6 +167,8 @@ class _ReduceScatter:
         wire.group = group  # of the same ranks; FSDP may have made another for this purpose
         self.aggregation.scale = _scale(op, wire.size)
         parts = input_tensor.view(wire.size, len(output_tensor)).unbind()
+        self.pushed += 1
+        self.aggregation.guard.note([(f"unit {self.pushed} of the backward pass", input_tensor)])
         self.aggregation.push([[part] for part in parts])
         output_tensor.copy_(parts[wire.rank])
 
@@ -187,11 +189,13 @@ class _ReduceScatter:
 
     def finish(self) -> None:
         """Complete the step, if this backward pass reduced anything."""
+        self.pushed = 0
         if self.aggregation.pending:
             self.aggregation.finish()
 
     def drop(self) -> None:
         """Forget a backward pass that broke off."""
+        self.pushed = 0
         self.aggregation.drop()
 
 
