@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from grain_ddp._tools.findings import MANY
+from grain_ddp._tools.dominance import MANY
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -17,7 +17,8 @@ import torch
 from study import FINAL, Cell, train
 
 from grain_ddp import StepRecord
-from grain_ddp._tools.findings import findings, ruled
+from grain_ddp._tools.dominance import ruled
+from grain_ddp._tools.findings import findings
 from grain_ddp._tools.gather import run_of
 from grain_ddp._tools.history import Run
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from grain_ddp._math.record import Array
 from grain_ddp._math.suspect import WHAT
+from grain_ddp._tools.dominance import HEAVY, MANY, SHORT, ruled
 from grain_ddp._tools.history import FEWEST, ORDINARY, SOLVED, Run, parts_of, standing_out
 
 BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
@@ -19,9 +20,6 @@ BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
 
 OFTEN = 0.1
 """A share of the records from which on something is worth a look."""
-
-HEAVY, SHORT, MANY = 0.6, 0.2, 1 / 3
-"""One group all but decides: its weight; the step's part of the mean's length; part of records."""
 
 
 @dataclass(frozen=True)
@@ -282,13 +280,6 @@ def _grain(run: Run) -> Iterator[Finding]:
         yield Finding(
             "weights", f"What GRAIN would have done is from {SOLVED} records, evenly over the run."
         )
-
-
-def ruled(run: Run) -> float:
-    """The share of records where one group all but decides GRAIN's step."""
-    grain = run.grain
-    heavy = grain.weights.max(1) > max(HEAVY, 2 / run.n)  # twice its even share at least
-    return float((heavy | (grain.norms < SHORT * run.norm_mean[grain.at])).mean())
 
 
 def _noise(run: Run, batch: int | None) -> Iterator[Finding]:
