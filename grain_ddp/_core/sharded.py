@@ -28,7 +28,7 @@ from grain_ddp._core.views import Views, length, part, read, write
 from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.sketch import Sketch
-from grain_ddp._math.weighting import uniform
+from grain_ddp._math.weighting import check_groups, uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -108,6 +108,7 @@ class ShardedAggregation:
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
         groups, k = partition(options.groups, wire), sketch_size(options, wire)
+        check_groups(options.weighting, len(groups))
         self._grouping, self._marks = Grouping(groups), Marks()
         self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))

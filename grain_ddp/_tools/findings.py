@@ -12,6 +12,7 @@ import numpy as np
 
 from grain_ddp._math.record import Array
 from grain_ddp._math.suspect import WHAT
+from grain_ddp._tools.dominance import HEAVY, MANY, SHORT, ruled
 from grain_ddp._tools.history import FEWEST, ORDINARY, SOLVED, Run, parts_of, standing_out
 
 BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
@@ -255,6 +256,18 @@ def _grain(run: Run) -> Iterator[Finding]:
             f"{weights[top]:.2g} for group {top} and {weights[low]:.2g} for group {low} on "
             f"average, where the mean gives {fair:.2g}. It favours short gradients, of data that "
             "the model fits already.",
+        )
+    if ruled(run) >= MANY:
+        had = "had" if run.min_norm else "would have had"
+        said = f"one group {had} more than {HEAVY} of GRAIN's weight, or the step {was} shorter"
+        yield Finding(
+            "weights",
+            f"In {percent(ruled(run))} of the records {said} than {SHORT} of the mean's: one group "
+            "all but decides. Trainings like that did worse than the mean's more often than better "
+            '(documentation, "Does it help?"). Set cap=1.5, or weighting="upgrad", which stays as '
+            "long as the mean where nothing conflicts; or stay with the mean.",
+            LOOK if run.min_norm else None,
+            "One group all but decides GRAIN's step",
         )
     zero = int((~(grain.norms > 0)).sum())
     if not run.min_norm and zero:
