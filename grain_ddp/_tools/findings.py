@@ -14,6 +14,7 @@ from grain_ddp._math.record import Array
 from grain_ddp._math.suspect import WHAT
 from grain_ddp._tools.dominance import HEAVY, MANY, SHORT, ruled
 from grain_ddp._tools.history import FEWEST, ORDINARY, SOLVED, Run, parts_of, standing_out
+from grain_ddp._tools.quantities import percent, shown
 
 BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
 """How it is with a run: something is wrong; look at it; nothing stands out; nobody can say."""
@@ -320,11 +321,11 @@ def numbers(run: Run) -> dict[str, tuple[str, str]]:
     name = "GRAIN" if run.min_norm else "GRAIN, if it had been in charge"
 
     def both(values: Array, reduced: Any) -> tuple[str, str]:
-        early, late = (_shown(reduced(values[part])) for part in parts)
+        early, late = (shown(reduced(values[part])) for part in parts)
         return early, late
 
     def of_grain(values: Array, reduced: Any) -> tuple[str, str]:
-        early, late = (_shown(reduced(v)) for v in parts_of(values, grain.at, total, parts))
+        early, late = (shown(reduced(v)) for v in parts_of(values, grain.at, total, parts))
         return early, late
 
     return {
@@ -335,20 +336,11 @@ def numbers(run: Run) -> dict[str, tuple[str, str]]:
         f"groups opposed by {name}": of_grain(grain.opposed, np.mean),
         f"largest weight of {name}": of_grain(grain.weights.max(1), np.mean),
         "noise scale, batches of one group": (
-            _shown(run.noise_scale(parts[0])),
-            _shown(run.noise_scale(parts[1])),
+            shown(run.noise_scale(parts[0])),
+            shown(run.noise_scale(parts[1])),
         ),
         "duality gap over mean squared norm, largest": both(run.gaps, np.max),
     }
-
-
-def _shown(value: Any) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"
-
-
-def percent(share: Any) -> str:
-    """Of 0.153: "15 %"."""
-    return f"{100 * float(share):.0f} %"
 
 
 def count(number: int, what: str) -> str:
