@@ -127,9 +127,9 @@ class _ReduceScatter:
         _check_options(self.state)
         wire = TorchWire(self.shards)
         if self.replicas is not None:  # first, and of all shards, so that every rank raises
-            every = wire.gather_objects(self.state.options.agreed())
+            every = wire.gather_objects(self.state.options.agreed(), "the options of the shards")
             names = {f"{name} (of each shard)": [v[name] for v in every] for name in every[0]}
-            TorchWire(self.replicas).agree(names)
+            TorchWire(self.replicas).agree(names, "the options of the replicas")
         self.aggregation = ShardedAggregation(self.state, wire, self)
 
     gone = False

@@ -85,7 +85,7 @@ class Aggregation:
         self.state, self.options, self.wire = state, options, wire
         self.size = wire.size * options.microbatches  # groups: the rows of the Gramian
         self._passes = Passes(wire.size, options.microbatches)
-        self._marks = Marks()
+        self._marks = Marks(self.wire, str(owner or self))
         self._stream: torch.cuda.Stream | None = None
         self.drop()
 
@@ -238,7 +238,7 @@ class Aggregation:
         if plain and not whole.shares_memory(buffer.device):
             if bucket.blocks:
                 self._passes.mean(bucket.blocks, buffer, self._message(buffer))
-            bucket.transfer = whole.all_reduce(buffer.div_(whole.size))
+            bucket.transfer = whole.all_reduce(buffer.div_(whole.size), "the mean of a bucket")
             bucket.crossed = bucket.arrived = bucket.reduced = True
         elif self._inside is None:
             self._cross(bucket)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from grain_ddp._wire.wire import Wire
 
 AnyWeights = Weights | DeviceWeights
 
-MARKS = 6
+MARKS = 8
 """How many numbers travel with a Gramian's own."""
 
 _PRIME = 0xFFF1  # marks are below it: their squares, summed over 16,384 ranks, are exact in float64
@@ -55,19 +55,59 @@ def weights_of(options: Options, step: int, triangle: Tensor, r: int) -> AnyWeig
     )
 
 
+_NAMES = "the model", "the number of the step", "the buckets of the step", "the weights so far"
+
+
+class Later:
+    """A tensor on its way to the host, read when it is there."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._event: Any = None
+        if values.device.type == "cuda":
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.current_stream(values.device).record_event()
+
+    def ready(self) -> bool:
+        """Whether reading it waits for nothing."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> list[Any]:
+        return self._values.tolist()
+
+
 class Marks:
     """What all ranks must have done alike in a step, as a few numbers that travel with a Gramian.
 
     A rank that skipped a step, or whose weights are others, shows at the next Gramian, on every
-    rank. (On a GPU nothing is compared: looking at a number would wait for it.)
+    rank. (On a GPU that waits for nothing: it shows at the start of a later step, and without the
+    weights.) They are made for a model, named in words, when its ranks have met over the wire.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire, model: str) -> None:
+        self._wire, self._model, self._number = wire, model, wire.number
         self._weights = 0
-        self.begin(0)
+        self._told: list[tuple[int, Later]] = []
+        self._start(0)
 
     def begin(self, step: int) -> None:
-        """Start on a step."""
+        """Start on a pass. ValueError on every rank that is told of a difference."""
+        while self._told and self._told[0][1].ready():
+            told, differs = self._told.pop(0)
+            found = [name for name, bad in zip(_NAMES, differs.read(), strict=True) if bad]
+            if found:
+                self._told = []
+                raise ValueError(
+                    f"grain_ddp: {found[0]} differed between ranks in step {told} (this is rank "
+                    f"{self._wire.whole.rank}), so that the gradients of different steps or models "
+                    "were mixed. Let every rank take every step, with the same model, and resume "
+                    "from a checkpoint."
+                )
+        self._wire.come_to(self._number, self._model)
+        self._start(step)
+
+    def _start(self, step: int) -> None:
         self._step, self._layout, self._buckets = step, 0, list[str]()
 
     def push(self, count: int, dtype: torch.dtype) -> None:
@@ -80,15 +120,28 @@ class Marks:
         if isinstance(weights, Weights):
             self._weights = zlib.crc32(weights.weights.tobytes(), self._weights)
 
-    def numbers(self) -> Tensor:
+    def numbers(self, device: torch.device) -> Tensor:
         """The marks m and their squares, float64: if Σm = n·m and Σm² = n·m², all have the same."""
-        marks = [mark % _PRIME for mark in (self._step, self._layout, self._weights)]
-        return torch.tensor([*marks, *(m * m for m in marks)], dtype=torch.float64)
+        values = (self._number, self._step, self._layout, self._weights)
+        marks = [value % _PRIME for value in values]
+        numbers = torch.tensor([*marks, *(m * m for m in marks)], dtype=torch.float64)
+        return numbers.to(device, non_blocking=True)
 
-    def differ(self, wire: Wire) -> NoReturn:
-        """ValueError on every rank, once the numbers have told that something differs."""
-        wire.whole.agree(
+    def compare(self, own: Tensor, sums: Tensor, *, later: bool) -> None:
+        """Given the sums of all ranks' numbers: ValueError on every rank if they differ.
+
+        `later`: not now, but in `begin`.
+        """
+        expected = own * self._wire.whole.size
+        if later:
+            self._told.append((self._step, Later((sums != expected).view(2, -1).any(0))))
+        elif sums.tolist() != expected.tolist():
+            self._differ()
+
+    def _differ(self) -> NoReturn:
+        self._wire.whole.agree(
             {
+                "the model": f"model {self._number}, {self._model}",
                 "the number of the step": self._step,
                 "the buckets of the step": self._buckets,
                 "the weights so far (a checksum)": self._weights,
@@ -96,7 +149,7 @@ class Marks:
         )
         raise ValueError(
             "grain_ddp: the ranks are at different places of the program (this is rank "
-            f"{wire.whole.rank}). Let every rank take every step, with the same model."
+            f"{self._wire.whole.rank}). Let every rank take every step, with the same model."
         )
 
 
@@ -115,11 +168,8 @@ class GramianSum:
         self._start(total)
 
     def _start(self, gramian: Tensor) -> None:
-        self._size, self._on_cpu = len(gramian), gramian.device.type == "cpu"
-        triangle = upper(gramian)
-        if self._on_cpu:
-            self._numbers = self._marks.numbers()
-            triangle = torch.cat([triangle, self._numbers])
+        self._size, self._numbers = len(gramian), self._marks.numbers(gramian.device)
+        triangle = torch.cat([upper(gramian), self._numbers])
         self.transfer, self._triangles = self._wire.sum(triangle)
 
     def weights(self) -> AnyWeights:
@@ -139,12 +189,10 @@ class GramianSum:
     def _find(self) -> AnyWeights:
         self.transfer.wait()
         total = self._triangles.sum(0)
-        if self._on_cpu:
-            total, sums = total[: -len(self._numbers)], total[-len(self._numbers) :]
-            if sums.tolist() != (self._numbers * self._wire.whole.size).tolist():
-                self._marks.differ(self._wire)
+        later = total.device.type != "cpu"
+        self._marks.compare(self._numbers, total[-MARKS:], later=later)
         state = self._state
-        weights = weights_of(state.options, state.step, total, self._size)
+        weights = weights_of(state.options, state.step, total[:-MARKS], self._size)
         self._marks.weigh(weights)
         return weights
 

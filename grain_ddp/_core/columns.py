@@ -95,7 +95,7 @@ class Columns:
                 encode(values, message)
             sent = list(messages)
         self._sent, self._rows = sent, [rows]
-        self.transfer = self.wire.exchange(sent, list(rows.unbind()))
+        self.transfer = self.wire.exchange(sent, list(rows.unbind()), "the exchange of rows")
 
     def arrive(self) -> None:
         """Complete what `send` started, but that others may still read; add up the Gramian."""
@@ -159,7 +159,7 @@ class Columns:
             self._sent = messages.split_with_sizes(lengths)
             encode(parts[me], self._sent[me])
             parts = list(self._sent)
-        self.transfer = self.wire.gather(parts[me], parts)
+        self.transfer = self.wire.gather(parts[me], parts, "the gather of the result")
         self.gathering = True
         return self.transfer
 

@@ -32,6 +32,8 @@ SLACK = 4096
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
 
+OWNERS = "the hand-over of what was weighed to its owners"
+
 
 def share(
     owned: Sequence[Sequence[Tensor]],
@@ -100,7 +102,7 @@ class ShardedAggregation:
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
         self._limit = int(min(scratch, SCRATCH_BYTES))
-        self._marks = Marks()
+        self._marks = Marks(wire, str(owner or self))
         self.drop()
 
     def __str__(self) -> str:
@@ -230,11 +232,11 @@ class ShardedAggregation:
         receive = [like.new_empty(length(views)) for views in take]
         if narrow:
             messages = [message_for(values, narrow) for values in receive]
-            self.wire.exchange([encoded(values, narrow) for values in send], messages).wait()
+            self.wire.exchange([encoded(v, narrow) for v in send], messages, OWNERS).wait()
             for message, values in zip(messages, receive, strict=True):
                 decode(message, values)
         else:
-            self.wire.exchange(send, receive).wait()
+            self.wire.exchange(send, receive, OWNERS).wait()
         for views, values in zip(take, receive, strict=True):
             write(views, values)
 

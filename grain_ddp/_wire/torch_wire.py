@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch import Tensor
 from grain_ddp._wire import lost
 from grain_ddp._wire.neighbours import Neighbours, Search
 from grain_ddp._wire.ring import Ring
-from grain_ddp._wire.wire import Message, Transfer, Wire
+from grain_ddp._wire.wire import Message, Shared, Transfer, Wire
 
 RING_BYTES = 512 << 10
 """On CPUs of several hosts, parts of at least this size are gathered by a ring."""
@@ -22,6 +23,8 @@ RING_BYTES = 512 << 10
 # wire's spaces; one for objects, so that ranks meet who are at different places in the program.
 _FIRST_TAG, _TAGS = 0x6000, 0x1000
 _OBJECTS, _PROBE = 0x5FFE, 0x5FFF
+
+_of_groups: WeakKeyDictionary[dist.ProcessGroup, Shared] = WeakKeyDictionary()
 
 
 def default_group() -> dist.ProcessGroup:
@@ -46,6 +49,8 @@ class TorchWire(Wire):
         self._order: Sequence[int] = range(self.size)  # of `ranks` in it
         self._tag = self._first_tag = _FIRST_TAG
         self._neighbours: Neighbours | None = None
+        if group is not None:
+            self._shared = _of_groups.setdefault(group, self._shared)
 
     @property
     def device(self) -> torch.device:

@@ -205,7 +205,7 @@ def sink(path: Any, wire: TorchWire) -> Callable[[StepRecord], None] | None:
             problem = f"cannot be written: {error}"
     else:
         problem = f"must be null or the path of a file, but it is {path!r}"
-    problem = next(filter(None, wire.gather_objects(problem)), "")
+    problem = next(filter(None, wire.gather_objects(problem, "the comparison of logs")), "")
     if problem:
         raise ValueError(f"grain_ddp: grain.log {problem}.")
     return sink
