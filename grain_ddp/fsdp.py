@@ -127,7 +127,8 @@ class _ReduceScatter:
         _check_options(self.state)
         wire = TorchWire(self.shards)
         if self.replicas is not None:  # first, and of all shards, so that every rank raises
-            every = wire.gather_objects(self.state.options.agreed(), "the options of the shards")
+            mine = {**self.state.options.agreed(), "step": self.state.step}
+            every = wire.gather_objects(mine, "the options of the shards")
             names = {f"{name} (of each shard)": [v[name] for v in every] for name in every[0]}
             TorchWire(self.replicas).agree(names, "the options of the replicas")
         self.aggregation = ShardedAggregation(self.state, wire, self)
@@ -165,9 +166,9 @@ class _ReduceScatter:
         wire = self.aggregation.wire
         wire.group = group  # of the same ranks; FSDP may have made another for this purpose
         self.aggregation.scale = _scale(op, wire.size)
-        parts = input_tensor.view(wire.size, len(output_tensor)).unbind()
+        parts = _real(input_tensor).view(wire.size, -1).unbind()
         self.aggregation.push([[part] for part in parts])
-        output_tensor.copy_(parts[wire.rank])
+        _real(output_tensor).copy_(parts[wire.rank])
 
     def _start(self) -> None:
         """In the first backward pass, when the model is as it stays."""
@@ -192,6 +193,11 @@ class _ReduceScatter:
     def drop(self) -> None:
         """Forget a backward pass that broke off."""
         self.aggregation.drop()
+
+
+def _real(flat: Tensor) -> Tensor:
+    """The same memory; complex numbers as pairs of real ones, whose products are Re aᴴb."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 def _check_options(state: GrainState) -> None:

@@ -27,6 +27,7 @@ class Replicated(Owner[Aggregation]):
         # DeepSpeed divides the loss by the number of passes, of which each is a group here.
         self.scale = state.microbatches * (1 if engine.gradient_average else wire.size)
         engine._reduce_non_expert_gradients = self.reduce
+        self.left: list[Any] = []  # the gradients as they were left
         if state.microbatches > 1:
             self.micro_step = -1  # the last one that was counted
             self.at_the_last = engine.allreduce_gradients
@@ -42,6 +43,8 @@ class Replicated(Owner[Aggregation]):
                 "grain_ddp: expected dense gradients, but some are sparse. Build the embedding "
                 "with sparse=False."
             )
+        if self.as_left(grads) == self.left and not self.engine._running_engine_backward:
+            return  # by hand, when there is nothing to do any more
         self.state.step = self.engine.global_steps
         for dtype in dict.fromkeys(g.dtype for g in grads):
             some = [g for g in grads if g.dtype == dtype]
@@ -54,6 +57,13 @@ class Replicated(Owner[Aggregation]):
                 flat, copy_back = flatten(pack)
                 self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
         self.aggregation.finish()
+        self.left = self.as_left(grads)
+
+    def as_left(self, grads: Sequence[Tensor]) -> list[Any]:
+        """What changes with every step, and when a gradient changes."""
+        # Those of the parameters, if there are any: what DeepSpeed gives are new views of them.
+        own = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return [self.engine.micro_steps, *((id(g), g._version) for g in own or grads)]
 
     def after_a_pass(self, *arguments: Any, **options: Any) -> None:
         """What DeepSpeed calls after each backward pass; only after the last it reduces itself."""
