@@ -46,8 +46,8 @@ def loss(net: nn.Module, step: int) -> torch.Tensor:
     return net(torch.randn(6, 11, generator=generator)).square().mean()
 
 
-def step_of(name: str) -> Callable[[int], None]:
-    """An integration's training step; everything else is made here."""
+def made(name: str) -> tuple[nn.Module, Callable[[int], None]]:
+    """A model under an integration, and its training step."""
     net: Any = model()
     if name.startswith("zero"):
         import deepspeed
@@ -74,7 +74,7 @@ def step_of(name: str) -> Callable[[int], None]:
             engine.backward(loss(engine, step))
             engine.step()
 
-        return zero_step
+        return net, zero_step
     state = GrainState(scope="bucket" if name == "fsdp" else "global")
     if name == "ddp":
         net = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.001)
@@ -96,7 +96,7 @@ def step_of(name: str) -> Callable[[int], None]:
             reduce_gradients(net.parameters(), state)
         optimizer.step()
 
-    return step
+    return net, step
 
 
 def held() -> dict[str, float]:
@@ -141,7 +141,7 @@ def _rank(rank: int, name: str, steps: int, folder: str, results: Any) -> None:
     store = dist.FileStore(str(Path(folder, "store")), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     start = time.perf_counter()
-    found = soak(step_of(name), steps)
+    found = soak(made(name)[1], steps)
     results.put((*found, time.perf_counter() - start))
     results.close()
     results.join_thread()
