@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grain_ddp import GrainState, grain_hook, reduce_gradients
+from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.agreement import Marks
 from grain_ddp._core.state import GrainState as State
 from grain_ddp._wire.neighbours import SWITCH
@@ -245,6 +246,45 @@ def test_a_rank_that_loads_other_options_alone(memory: str, ddp: bool) -> None:
     for outcome in launch(2, loads_alone, memory, ddp, timeout=TIMEOUT):
         assert "grain_ddp: " in str(outcome.error)
         assert "has loaded a state alone" in str(outcome.error)
+
+
+# Another number of ranks after a restart
+
+GROUPS: list[Any] = ["rank", 2, [[0, 2], [1, 3]]]
+
+
+def grouped_step(wire: Any, saved: list[dict[str, Any]] | None) -> list[Any]:
+    """For each kind of groups: the state after a step, or the error."""
+    found: list[Any] = []
+    for k, groups in enumerate(GROUPS):
+        state = GrainState(groups=groups)
+        if saved:
+            state.load_state_dict(saved[k])
+        try:
+            aggregation = Aggregation(state, wire)
+            aggregation.push(torch.arange(100.0) * (1 + wire.rank))
+            record = aggregation.finish()
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        assert record is not None
+        found.append((state.state_dict(), len(record.weights), record.step))
+    return found
+
+
+def test_groups_after_a_restart_with_another_number_of_ranks() -> None:
+    """They are built anew from what the option says, or refused with the reason."""
+    before = run_threads(4, grouped_step, None)[0]
+    assert [found[1:] for found in before] == [(4, 0), (2, 0), (2, 0)]
+    saved = [state for state, _, _ in before]
+    for n in (2, 3):
+        for each, blocks, lists in run_threads(n, grouped_step, saved):
+            assert each[1:] == (n, 1)
+            if n == 2:
+                assert blocks[1:] == (1, 1)
+            else:
+                assert "groups must be equally large, but groups=2 gives [[0, 1], [2]]" in blocks
+            assert f"groups must name each of the {n} ranks once" in lists
 
 
 # Many steps
