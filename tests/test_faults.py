@@ -5,6 +5,7 @@ docs/faults.md says which of these tests shows what.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -226,26 +227,49 @@ def test_marks_that_are_looked_at_later() -> None:
         assert f"in step {3 + rank} (this is rank {rank})" in error
 
 
-def loads_alone(memory: str, ddp: bool) -> None:
+def other_layouts(wire: Any) -> None:
+    """Messages of the same bytes."""
+    one = wire.rank == 1
+    aggregation = Aggregation(GrainState(), wire)
+    aggregation.push(
+        torch.ones(200 if one else 100, dtype=torch.bfloat16 if one else torch.float32)
+    )
+    aggregation.finish()
+
+
+def test_buckets_that_differ() -> None:
+    for error in run_threads(2, other_layouts):
+        words = "the buckets of the step must be the same on every rank, but it is rank 0: ['100 x"
+        assert words in str(error)
+
+
+def alone(memory: str, ddp: bool, what: str) -> None:
+    """The second rank goes without the hook, or loads other options."""
     os.environ[SWITCH] = memory
-    state, model = GrainState(), network()
+    state, model, second = GrainState(), network(), dist.get_rank() == 1
     wrapped: Any = model
     if ddp:
         wrapped = DistributedDataParallel(model)
-        wrapped.register_comm_hook(state, grain_hook)
+        if not (second and what == "no hook"):
+            wrapped.register_comm_hook(state, grain_hook)
     for number in range(3):
-        if number == 2 and dist.get_rank() == 1:
+        if number == 2 and second and what == "loads":
             state.load_state_dict({**state.state_dict(), "cap": 2})
         loss(wrapped, number).backward()
         if not ddp:
             reduce_gradients(model.parameters(), state)
 
 
-@pytest.mark.parametrize(("memory", "ddp"), [("1", True), ("0", False)])
-def test_a_rank_that_loads_other_options_alone(memory: str, ddp: bool) -> None:
-    for outcome in launch(2, loads_alone, memory, ddp, timeout=TIMEOUT):
-        assert "grain_ddp: " in str(outcome.error)
+@pytest.mark.parametrize(
+    ("memory", "ddp", "what"),
+    [("1", True, "loads"), ("0", False, "loads"), ("1", True, "no hook")],
+)
+def test_a_rank_that_goes_alone(memory: str, ddp: bool, what: str) -> None:
+    first, second = launch(2, alone, memory, ddp, what, timeout=TIMEOUT)
+    for outcome in (first, second) if what == "loads" else (first,):
+        assert "grain_ddp: lost the connection to rank " in str(outcome.error)
         assert "has loaded a state alone" in str(outcome.error)
+    assert second.error is not None
 
 
 # Another number of ranks after a restart
@@ -291,6 +315,7 @@ def test_groups_after_a_restart_with_another_number_of_ranks() -> None:
 
 
 def soaked(steps: int) -> None:
+    gc.freeze()  # what was imported before is not looked at
     for name in ("ddp", "loop", "fsdp", "zero0", "zero1", "zero2", "zero3"):
         if available(name):
             grown = soak.grown(*soak.soak(soak.made(name)[1], steps), mib=4)
