@@ -89,7 +89,8 @@ class TorchWire(Wire):
         wire._tag = wire._first_tag = _FIRST_TAG + space * _TAGS
         if self.group is not None and _on_gpus(self.group):
             try:
-                wire._exchanging = new_group(self.group, ranks)
+                where = "inside of groups" if space == 1 else "between groups"
+                wire._exchanging = new_group(self.group, ranks, f"exchange {where}")
             except (RuntimeError, ValueError) as error:
                 raise self.lost(error, None, "the making of a group") from error
             wire._order = sorted(range(len(ranks)), key=ranks.__getitem__)
@@ -224,9 +225,12 @@ def _on_gpus(group: dist.ProcessGroup) -> bool:
     return any(torch.get_device_module(kind).is_available() for kind in kinds)
 
 
-def new_group(parent: dist.ProcessGroup, ranks: Sequence[int]) -> dist.ProcessGroup:
+def new_group(
+    parent: dist.ProcessGroup, ranks: Sequence[int], what: str = "exchange"
+) -> dist.ProcessGroup:
     """Of some ranks of a group, with its backend, timeout and options. Collective among them.
 
+    `what` it is for is what flight recorders show.
     Its ranks are in ascending order, whatever order is given.
     """
     kinds = sorted(parent._device_types, key=lambda device: device.type == "cpu")
@@ -243,6 +247,6 @@ def new_group(parent: dist.ProcessGroup, ranks: Sequence[int]) -> dist.ProcessGr
         backend=dist.get_backend_config(parent),
         pg_options=options,
         use_local_synchronization=True,
-        group_desc="grain_ddp exchange",  # as flight recorders show it
+        group_desc=f"grain_ddp {what}",
     )
     return made
