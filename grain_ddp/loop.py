@@ -51,7 +51,7 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
     with torch.no_grad():
         aggregation.wire.come_to(loop.number, f"{loop}{loop.sizes}")
         _fill_missing(trained, aggregation.wire, state.step)
-        named = {id(p): _real(p) for p in trained if p.grad is not None and p.grad.numel()}
+        named = {id(p): _real(p) for p in trained if p.grad is not None}
         if not named:
             raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
         names = {id(gradient): name for name, gradient in named.items()}

@@ -53,7 +53,7 @@ class Columns:
         self.wire, self.slots, self.own = wire, slots, slots[wire.rank]
         self.narrow = narrow if n > 1 else None
         self.total, self.home, self.block = total, home, block
-        self.passes = 1 if block is None else len(block) // sum(map(length, slots))
+        self.passes = 1 if block is None or home is None else len(home) // n
         self.arrived = self.reduced = self.gathering = False
         self.transfer = Transfer()
         # Whether the own row is where the result will be, and needs no second place.
