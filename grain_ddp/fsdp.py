@@ -1,7 +1,7 @@
 """FSDP2: call `apply` after `fully_shard`, and what reduces the gradients is GRAIN.
 
 fully_shard(model)
-grain_ddp.fsdp.apply(model, GrainState(scope="bucket"))
+grain_ddp.fsdp.apply(model, GrainState())
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ def apply(model: nn.Module, state: GrainState) -> None:
     Call it on every rank after the last `fully_shard`, with the root: the module whose forward
     you call. The reduce-scatter of each unit is replaced; everything else is FSDP's own, and
     ``state.last`` is the record of the latest backward pass that reduced gradients. Its leading
-    axis has the units in the order in which the backward pass reduced them.
+    axis has the units in the order in which the backward pass reduced them; so the state's scope
+    becomes "bucket", the only one.
 
-    One group is a rank of the mesh that shards. With a mesh ``[replicas, shards]`` each replica
-    aggregates for itself, and FSDP averages the replicas. Where the model is sharded over one rank
-    there is nothing to aggregate: then there are no records, and a warning is logged.
+    Groups are made of the ranks of the mesh that shards. With a mesh ``[replicas, shards]`` each
+    replica aggregates for itself, and FSDP averages the replicas. Where the model is sharded over
+    one rank there is nothing to aggregate: then there are no records, and a warning is logged.
 
     Raises:
         RuntimeError: a PyTorch before 2.9, or one whose FSDP2 is not the one known here.
         TypeError: the model is no FSDP2 module, or the state no `GrainState`.
-        ValueError: the scope is not "bucket", the state or the model is in use already, a
+        ValueError: several `microbatches`, the state or the model is in use already, a
             parameter is not sharded or sharded otherwise than the others, or the ranks' options
             differ.
     """
@@ -201,15 +202,12 @@ def _real(flat: Tensor) -> Tensor:
 
 
 def _check_options(state: GrainState) -> None:
-    if state.scope != "bucket":
+    if state.microbatches != 1:
         raise ValueError(
-            "grain_ddp: with FSDP2 there is one weight vector per FSDP unit, so scope must be "
-            f'"bucket", but it is {state.scope!r}. Write GrainState(scope="bucket").'
+            f"grain_ddp: with FSDP2 microbatches must be 1, but it is {state.microbatches}."
         )
-    for name, only in (("groups", "rank"), ("microbatches", 1)):
-        found = getattr(state, name)
-        if found != only:
-            raise ValueError(f"grain_ddp: with FSDP2 {name} must be {only!r}, but it is {found!r}.")
+    if state.scope != "bucket":
+        state.scope = "bucket"  # the only one
 
 
 def _groups(

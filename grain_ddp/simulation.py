@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core import aggregation
+from grain_ddp._core import transposed
 from grain_ddp._core.agreement import record_of, weights_of
 from grain_ddp._core.narrow import decode, encoded
 from grain_ddp._core.options import Options
@@ -28,10 +28,9 @@ def simulate(
     not looked at. Advances the state.
     """
     n, options, single = len(gradients), state.options, state.options.scope == "global"
-    rows, columns = torch.triu_indices(n, n)
     buckets = list(zip(*gradients, strict=True))
     # Which part of a bucket each rank receives, and what arrives there.
-    parts = [cut(len(b[0]), n, -(-aggregation.MESSAGE_BYTES // b[0].itemsize)) for b in buckets]
+    parts = [cut(len(b[0]), n, -(-transposed.MESSAGE_BYTES // b[0].itemsize)) for b in buckets]
     arrived = [
         [
             [_travel(torch.stack([g[slot] for g in b]), options) for slot in slots]
@@ -46,8 +45,7 @@ def simulate(
                 by_rank[rank] += gramian(matrix)
     if single:
         summed = summed.sum(0, keepdim=True)
-    totals = summed.sum(1)[:, rows, columns]
-    weights = [weights_of(options, state.step, total, n) for total in totals]
+    weights = [weights_of(options, state.step, total) for total in summed.sum(1)]
     weights *= len(buckets) if single else 1
 
     results = []

@@ -15,11 +15,12 @@ from harness import launch, run
 from oracle import min_norm_point
 from ranks import SIZES, relative_error, same_everywhere
 
-import grain_ddp._core.aggregation as aggregation_module
-from grain_ddp._core.aggregation import Aggregation, cut
+import grain_ddp._core.transposed as transposed
+from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
 from grain_ddp._wire.torch_wire import TorchWire
+from grain_ddp._wire.wire import cut
 from grain_ddp.simulation import simulate
 
 LENGTHS = [1, 2, 7, 1000, 100_003]  # elements of the buckets; the largest takes several messages
@@ -38,8 +39,8 @@ def aggregate(
     message_bytes: int = 1 << 16,
     scratch_bytes: int = 32 << 20,
 ) -> tuple[list[torch.Tensor], StepRecord | None]:
-    aggregation_module.MESSAGE_BYTES = message_bytes  # in this rank's process
-    aggregation_module.SCRATCH_BYTES = scratch_bytes
+    transposed.MESSAGE_BYTES = message_bytes  # in this rank's process
+    transposed.SCRATCH_BYTES = scratch_bytes
     aggregation = Aggregation(GrainState(**options), TorchWire(dist.group.WORLD))
     results = [bucket.clone() for bucket in buckets]
     for result in results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def sharded(net: nn.Sequential | None = None, **options: Any) -> Any:
 
 
 def wrap(options: dict[str, Any], **fsdp: Any) -> tuple[Any, GrainState]:
-    model, state = sharded(**fsdp), GrainState(**{"scope": "bucket", **options})
+    model, state = sharded(**fsdp), GrainState(**options)
     grain_ddp.fsdp.apply(model, state)
     return model, state
 
@@ -166,6 +167,10 @@ def inverse_norm(rows: Tensor) -> Tensor:
     return (weights / weights.sum()) @ rows
 
 
+def grouped(groups: list[list[int]], rows: Tensor) -> Tensor:
+    return min_norm(torch.stack([rows[group].mean(0) for group in groups]))
+
+
 def single_gradients(cases: list[tuple[dict[str, Any], str, float]]) -> None:
     """One backward pass each: with options, under a policy of mixed precision."""
     half, wide = torch.bfloat16, torch.float32
@@ -183,6 +188,8 @@ def single_gradients(cases: list[tuple[dict[str, Any], str, float]]) -> None:
         )
         if state.options.kind(state.step).averages or state.cap == 1:
             rule = mean
+        if state.groups != "rank":
+            rule = functools.partial(grouped, [[0, 1], [2]] if state.groups == 2 else state.groups)
         expected = exact(twin_of(model, dtype), [3], rule, dtype)
         loss(model, 3).backward()
         assert relative_error(gradient(model), expected) < bound, (options, policy)
@@ -201,6 +208,11 @@ def test_precisions_and_options() -> None:
         ({"nonfinite": "drop"}, "fp32", 1e-5),
         ({"weighting": first}, "bf16", 2**-8),
         ({"weighting": "inverse_norm"}, "fp32", 1e-5),
+        ({"sketch": 4000}, "fp32", 1e-5),
+        ({"sketch": 4000}, "bf16", 2**-7),  # weighed before FSDP sums, in its dtype
+        ({"weighting": "mean", "sketch": 50}, "fp32", 1e-6),
+        ({"groups": 2}, "fp32", 1e-5),
+        ({"groups": [[2, 0], [1]], "sketch": 4000}, "fp32", 1e-5),
     ]
     run(3, single_gradients, cases)
 
@@ -698,9 +710,9 @@ def refused() -> None:
 
     def error(model: nn.Module, match: str, kind: type = ValueError, **options: Any) -> None:
         with pytest.raises(kind, match=match):
-            grain_ddp.fsdp.apply(model, GrainState(**{"scope": "bucket", **options}))
+            grain_ddp.fsdp.apply(model, GrainState(**options))
 
-    error(sharded(), r'Write GrainState\(scope="bucket"\)', scope="global")
+    error(sharded(), "microbatches must be 1", microbatches=2)
     error(network(), "Call fully_shard.* first", TypeError)
     with pytest.raises(TypeError, match="expected a GrainState, but found dict"):
         grain_ddp.fsdp.apply(sharded(), {})  # type: ignore[arg-type]
@@ -718,8 +730,8 @@ def refused() -> None:
         loss(model, 0).backward()
     model, state = wrap({})
     state.load_state_dict({"scope": "global"})
-    with pytest.raises(ValueError, match="scope must be"):
-        loss(model, 0).backward()
+    loss(model, 0).backward()
+    assert state.scope == "bucket"  # the only one
 
     model = network()
     fully_shard(model, ignored_params={model[2].weight})

@@ -28,6 +28,7 @@ from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._math import gramian as gramian_module
 from grain_ddp._math import weighting as weighting_module
 from grain_ddp._math.record import PendingRecord
+from grain_ddp._math.sketch import Sketch
 from grain_ddp._math.weighting import DeviceWeights, weigh
 from grain_ddp._wire import neighbours as neighbours_module
 from grain_ddp._wire.torch_wire import TorchWire
@@ -63,6 +64,28 @@ def test_correlated_rows_keep_their_differences() -> None:
     exact = rows.double() @ rows.double().T
     error = (kernels.gramian(rows.to(DEVICE)).cpu() - exact).abs().max() / exact.max()
     assert error < 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [700, 3000])
+def test_sketch(k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sums as without kernels, whatever parts are added; and squares at any scale."""
+    monkeypatch.setattr(gramian_module, "DEVICES", {DEVICE})
+    row = torch.randn(5000, device=DEVICE).to(dtype)
+    row[100:200] *= 1e-30 if dtype != torch.float16 else 1
+    row[4000:] *= 1e30 if dtype != torch.float16 else 1
+    ours, plain = Sketch(k, row, 7), Sketch(k, row, 7)
+    plain._by_kernel = False
+    for part in row.split([1, 699, 0, 2300, 2000]):
+        ours.add(part)
+        plain.add(part)
+    assert ours.count == 5000
+    assert ours._by_kernel
+    torch.testing.assert_close(ours.values, plain.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.square, plain.square.to(DEVICE), rtol=1e-6, atol=0)
+    row[3] = NAN
+    ours.add(row)
+    assert ours.square.isnan()
 
 
 @pytest.mark.parametrize("n", [2, 17])

@@ -62,6 +62,9 @@ def case_options(world: Any) -> Any:
         "bucket": {"scope": "bucket"},
         "bf16": {"wire_dtype": torch.bfloat16},
         "fp16": {"wire_dtype": torch.float16},
+        "sketch": {"sketch": LENGTH},
+        "groups": {"groups": 2},
+        "sketch and groups": {"sketch": LENGTH, "groups": 2},
     }.items():
         array = gradient(world.rank).reshape(-1, 1)
         found[name] = array, reduce_gradient(array, world, GrainState(**options))
@@ -157,7 +160,7 @@ def case_errors(world: Any) -> Any:
 
     one = world.rank == 1
     good = gradient(world.rank)
-    used, elsewhere, grouped = GrainState(), GrainState(), GrainState(groups=2)
+    used, elsewhere, grouped = GrainState(), GrainState(), GrainState(groups=[[0, 1]])
     reduce_gradient(good.copy(), state=used)
     half = world.Split(world.rank % 2)
     reduce_gradient(good.copy(), half, elsewhere)
@@ -271,10 +274,10 @@ def program(folder: str, *cases: str) -> None:
     import torch
     from mpi4py import MPI
 
-    import grain_ddp._core.aggregation as aggregation
+    import grain_ddp._core.transposed as transposed
 
     torch.set_num_threads(1)
-    aggregation.MESSAGE_BYTES = 1 << 12  # several messages per slice
+    transposed.MESSAGE_BYTES = 1 << 12  # several messages per slice
     world = MPI.COMM_WORLD
     found: dict[str, Any] = {}
     for case in cases:
@@ -355,10 +358,14 @@ def test_options(results: Any) -> None:
     assert error(array.ravel(), record.weights @ rows()) <= 1e-5
     array, record = every[0]["bucket"]
     assert record.weights.shape == (1, RANKS)
-    for name, bound in {"bucket": 1e-5, "bf16": 1e-2, "fp16": 1e-3}.items():
+    for name, bound in {"bucket": 1e-5, "bf16": 1e-2, "fp16": 1e-3, "sketch": 1e-5}.items():
         assert error(every[0][name][0].ravel(), min_norm_point(rows())) <= bound
         assert len({ranks[name][0].tobytes() for ranks in every}) == 1
     assert error(every[0]["bf16"][0].ravel(), min_norm_point(rows())) > 1e-4  # it was narrow
+    means = [rows()[first : first + 2].mean(0) for first in range(0, RANKS, 2)]
+    for name in ("groups", "sketch and groups"):
+        assert error(every[0][name][0].ravel(), min_norm_point(means)) <= 1e-5
+        assert len({ranks[name][0].tobytes() for ranks in every}) == 1
 
 
 def test_mean_is_that_of_allreduce(results: Any) -> None:
@@ -411,7 +418,7 @@ def test_errors_reach_every_rank(results: Any) -> None:
         "list": "found a list on rank",
         "one new state": "state must be the same on every rank, but it is rank 0: 'in use, number",
         "another communicator": "serves another communicator",
-        "groups": "groups must be equally large",
+        "groups": f"groups must name each of the {RANKS} ranks once",
     }
     for found, untouched, after in results["errors"]:
         assert found.keys() == words.keys()

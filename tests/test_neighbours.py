@@ -184,7 +184,7 @@ def test_the_way_makes_no_difference(elsewhere: set[int], ring_bytes: int) -> No
 def sharded(what: dict[int, str]) -> float:
     spoil(what)
     few = {"SLACK": 0, "MESSAGE_BYTES": 256, "SCRATCH_BYTES": 2000}
-    return every_cut(["global", "bucket"], [few])
+    return every_cut([{"scope": "global"}, {"scope": "bucket"}], [few])
 
 
 @pytest.mark.parametrize("elsewhere", [{0, 1, 2}, {1}], ids=str)

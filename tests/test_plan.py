@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp import GrainState, grain_hook
 from grain_ddp.__main__ import main
-from grain_ddp._core.aggregation import SCRATCH_BYTES
 from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.sharded import ShardedAggregation
+from grain_ddp._core.transposed import SCRATCH_BYTES
 from grain_ddp._tools.advice import KINDS, choices, figures, growth, recommend, report, sizes
 from grain_ddp._tools.cost import Choice, Cluster, Job, Link, _overlapped, cost, overhead
 from grain_ddp._tools.plan import PRESETS, _asked, arguments, load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from ranks import SIZES, gather, relative_error
 import grain_ddp._core.sharded as sharded_module
 from grain_ddp import GrainState, min_norm
 from grain_ddp._core.agreement import MARKS
+from grain_ddp._core.groups import partition
 from grain_ddp._core.sharded import ShardedAggregation, share
 from grain_ddp._core.views import length, part, read, write
+from grain_ddp._wire.neighbours import SWITCH
 from grain_ddp._wire.torch_wire import TorchWire
 
 Cut = list[list[tuple[int, int]]]  # for each push, its lengths and whose they are
@@ -33,22 +36,25 @@ def cuts(n: int) -> dict[str, Cut]:
     }
 
 
+class Counting(TorchWire):
+    """Notes how many bytes each exchange sends."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.sent: list[int] = []  # that of the wires inside, too
+
+    def exchange(self, send: Any, receive: Any, *what: Any) -> Any:
+        self.sent += [t.nbytes for j, t in enumerate(send) if j != self.rank]
+        return super().exchange(send, receive, *what)
+
+
 def aggregate(
     cut: Cut, options: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype, scale: float
 ) -> Any:
     """(largest error of this rank's part, bytes sent); gradients share half of their direction."""
     for name, value in sizes.items():
         setattr(sharded_module, name, value)
-    wire = TorchWire(dist.group.WORLD)
-    sent = 0
-    exchange = wire.exchange
-
-    def counting(send: Any, receive: Any, *what: Any) -> Any:
-        nonlocal sent
-        sent += sum(t.nbytes for j, t in enumerate(send) if j != wire.rank)
-        return exchange(send, receive, *what)
-
-    wire.exchange = counting  # type: ignore[method-assign]
+    wire = Counting(dist.group.WORLD)
     state = GrainState(**options)
     aggregation = ShardedAggregation(state, wire, scale=scale)
     results, wholes = [], []
@@ -69,6 +75,8 @@ def aggregate(
         results.append((gradient, mine))
     record = aggregation.finish()
     assert record is not None
+    groups = partition(state.groups, wire)
+    wholes = [torch.stack([rows[group].mean(0) for group in groups]) for rows in wholes]
     if state.scope == "global":
         points = torch.from_numpy(min_norm_point(torch.cat(wholes, 1))).split(
             [rows.shape[1] for rows in wholes]
@@ -80,15 +88,15 @@ def aggregate(
     for (gradient, mine), point in zip(results, points, strict=True):
         if mine.any():
             worst = max(worst, relative_error(gradient[mine], scale * point[mine]))
-    return worst, sent
+    return worst, sum(wire.sent)
 
 
-def every_cut(scopes: list[str], every_sizes: list[dict[str, int]]) -> float:
+def every_cut(every_options: list[dict[str, Any]], every_sizes: list[dict[str, int]]) -> float:
     worst = 0.0
     for cut in cuts(dist.get_world_size()).values():
-        for scope in scopes:
+        for options in every_options:
             for sizes in every_sizes:
-                error, _ = aggregate(cut, {"scope": scope}, sizes, torch.float32, 1)
+                error, _ = aggregate(cut, options, sizes, torch.float32, 1)
                 worst = max(worst, error)
     return worst
 
@@ -97,7 +105,26 @@ def every_cut(scopes: list[str], every_sizes: list[dict[str, int]]) -> float:
 def test_each_owner_gets_its_part(n: int) -> None:
     few = {"SLACK": 0, "MESSAGE_BYTES": 256, "SCRATCH_BYTES": 2000}
     none = {"SLACK": 0, "MESSAGE_BYTES": 1 << 20, "SCRATCH_BYTES": 0}
-    assert max(run(n, every_cut, ["global", "bucket"], [{}, few, none])) < 1e-5
+    scopes = [{"scope": "global"}, {"scope": "bucket"}]
+    assert max(run(n, every_cut, scopes, [{}, few, none])) < 1e-5
+
+
+def groups_and_sketches(memory: str) -> float:
+    os.environ[SWITCH] = memory
+    every = [
+        {"scope": scope, "groups": groups, "sketch": sketch}
+        for scope in ("global", "bucket")
+        for groups in ("rank", 2, [[0], [3, 1, 2]])
+        for sketch in (None, 4000)
+        if groups != "rank" or sketch
+    ]
+    return every_cut(every, [{}])
+
+
+@pytest.mark.parametrize("memory", ["0", "1"])
+def test_groups_and_sketches(memory: str) -> None:
+    """Of any size, in both scopes; a sketch with room for all loses nothing."""
+    assert max(run(4, groups_and_sketches, memory)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

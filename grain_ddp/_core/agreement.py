@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from grain_ddp._core.columns import Columns
+from grain_ddp._core.groups import Grouping
 from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
-from grain_ddp._math.record import PendingRecord, StepRecord
+from grain_ddp._math.record import Array, PendingRecord, StepRecord
+from grain_ddp._math.sketch import rescale
 from grain_ddp._math.weighting import DeviceWeights, Weights, weigh_tensor
 from grain_ddp._wire.wire import Wire
 
@@ -42,9 +44,22 @@ def upper(gramian: Tensor) -> Tensor:
     return gramian.take(_triangle(len(gramian), gramian.device)[0])
 
 
-def weights_of(options: Options, step: int, triangle: Tensor, r: int) -> AnyWeights:
-    """The weights that the options give for the upper triangle of a Gramian [r, r]."""
-    gramian = triangle.take(_triangle(r, triangle.device)[1])
+def full(triangle: Tensor, r: int) -> Tensor:
+    """The Gramian [r, r] of an upper triangle."""
+    return triangle.take(_triangle(r, triangle.device)[1])
+
+
+def weights_of(
+    options: Options,
+    step: int,
+    gramian: Tensor,
+    shares: Array | None = None,
+    error: Tensor | None = None,
+) -> AnyWeights:
+    """The weights that the options give for a Gramian [r, r].
+
+    `shares` are those of the rows in the plain mean, if they are not alike; `error` is a sketch's.
+    """
     return weigh_tensor(
         gramian,
         options.weighting,
@@ -52,6 +67,8 @@ def weights_of(options: Options, step: int, triangle: Tensor, r: int) -> AnyWeig
         normalize=options.normalize,
         nonfinite=options.nonfinite,
         seed=step,
+        shares=shares,
+        sketch_error=error,
     )
 
 
@@ -157,20 +174,38 @@ class GramianSum:
     """The Gramian of some columns on its way: started here, `weights` when they are wanted.
 
     ``total`` [r, r] is the Gramian of this rank's `columns`, of one scope, which have arrived.
+    Of sketches it has an `error`, a scalar; or, where each row is a rank's, it is put right by all
+    ranks' exact squared norms, of which `square` is this one's.
     """
 
     def __init__(
-        self, state: GrainState, wire: Wire, total: Tensor, columns: Sequence[Columns], marks: Marks
+        self,
+        state: GrainState,
+        wire: Wire,
+        total: Tensor,
+        columns: Sequence[Columns],
+        marks: Marks,
+        *,
+        grouping: Grouping,
+        square: Tensor | None = None,
+        error: Tensor | None = None,
     ) -> None:
         self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
+        self._grouping, self._square, self._error = grouping, square, error
         self.exact = False  # whether the weights are those of an exact Gramian
         self._found: AnyWeights | None = None
         self._start(total)
 
     def _start(self, gramian: Tensor) -> None:
-        self._size, self._numbers = len(gramian), self._marks.numbers(gramian.device)
-        triangle = torch.cat([upper(gramian), self._numbers])
-        self.transfer, self._triangles = self._wire.sum(triangle)
+        self._size, parts = len(gramian), [upper(gramian)]
+        if self._square is not None:
+            squares = gramian.new_zeros(self._wire.size)
+            squares[self._wire.rank] = self._square
+            parts.append(squares)
+        self._numbers = self._marks.numbers(gramian.device)
+        parts.append(self._numbers)
+        self._lengths = list(map(len, parts))
+        self.transfer, self._rows = self._wire.sum(torch.cat(parts))
 
     def weights(self) -> AnyWeights:
         """The weights, the same on every rank; before any of the columns is reduced.
@@ -186,13 +221,23 @@ class GramianSum:
             self._columns = ()
         return self._found
 
+    def factors_for(self, gradient: Tensor) -> tuple[Tensor, list[int]]:
+        """What rows like this gradient are multiplied with, and which are left out."""
+        found = self.weights()
+        factors = found.factors_for(gradient, exact=self.exact)
+        return self._grouping.spread(factors), self._grouping.members(found.dropped)
+
     def _find(self) -> AnyWeights:
         self.transfer.wait()
-        total = self._triangles.sum(0)
-        later = total.device.type != "cpu"
-        self._marks.compare(self._numbers, total[-MARKS:], later=later)
-        state = self._state
-        weights = weights_of(state.options, state.step, total[:-MARKS], self._size)
+        triangle, *more, sums = self._rows.sum(0).split_with_sizes(self._lengths)
+        self._marks.compare(self._numbers, sums, later=sums.device.type != "cpu")
+        gramian, error = full(triangle, self._size), self._error
+        if more:
+            gramian, error = rescale(gramian, more[0])
+        state, grouping = self._state, self._grouping
+        weights = weights_of(
+            state.options, state.step, grouping.gramian(gramian), grouping.shares, error
+        )
         self._marks.weigh(weights)
         return weights
 
@@ -211,6 +256,7 @@ def _record_of(step: int, single: bool, found: Sequence[AnyWeights]) -> StepReco
     buckets = [w.read() if isinstance(w, DeviceWeights) else w for w in found]
     if single:
         return StepRecord(step, **vars(buckets[0]))
+    errors = [w.sketch_error for w in buckets if w.sketch_error is not None]
     return StepRecord(
         step,
         np.stack([w.gramian for w in buckets]),
@@ -219,4 +265,5 @@ def _record_of(step: int, single: bool, found: Sequence[AnyWeights]) -> StepReco
         tuple(w.status for w in buckets),
         tuple(w.active for w in buckets),
         tuple(w.dropped for w in buckets),
+        max(errors, default=None),
     )

@@ -148,6 +148,12 @@ class Columns:
         if not self.narrow:  # else what was sent is in the same memory
             self._let_go()
 
+    def end(self) -> None:
+        """Forget the rows, of which only the Gramian was wanted, when others have read them."""
+        self.transfer.wait()
+        self._rows, self._stash, self._scales = (), (), None
+        self._let_go()
+
     def gather(self, scratch: Scratch, limit: int) -> Transfer:
         """Start to send the result to all ranks, and to receive theirs."""
         self.transfer.wait()  # what is received takes the place of what was sent

@@ -54,6 +54,7 @@ class Options:
     weighting: Weighting = "min_norm"
     cap: float | None = None
     normalize: bool = False
+    sketch: int | None = None
     wire_dtype: torch.dtype | None = None
     warmup_steps: int = 0
     nonfinite: str = "propagate"
@@ -72,6 +73,13 @@ class Options:
                 'grain_ddp: microbatches needs groups="rank" (each pass of each rank is a group), '
                 f"but groups is {self.groups!r}."
             )
+        if self.sketch is not None and (self.microbatches > 1 or self.wire_dtype is not None):
+            name = "microbatches" if self.microbatches > 1 else "wire_dtype"
+            raise ValueError(
+                f"grain_ddp: sketch does not go with {name}, which is {getattr(self, name)!r}: the "
+                "gradients themselves go through the backend's own reduction. Leave out one of "
+                "them."
+            )
         for name in ("cap", "normalize"):
             if getattr(self, name) and self.weighting != "min_norm":
                 raise ValueError(
@@ -88,6 +96,11 @@ class Options:
             values["weighting"] = describe(self.weighting)
         return values
 
+    @property
+    def watches(self) -> bool:
+        """Whether the training is that of plain averaging, with records beside it."""
+        return self.weighting == "mean" and self.nonfinite == "propagate"
+
     def records(self, step: int) -> bool:
         """Whether the step of that number makes a record."""
         return step >= self.warmup_steps and step % self.record_every == 0
@@ -96,7 +109,7 @@ class Options:
         """What the step of that number does."""
         if step < self.warmup_steps:
             return Kind.PLAIN_MEAN
-        if self.weighting == "mean" and self.nonfinite == "propagate":
+        if self.watches:
             return Kind.RECORDED_MEAN if self.records(step) else Kind.PLAIN_MEAN
         per_step = self.scope == "global"
         return Kind.WEIGHTS_PER_STEP if per_step else Kind.WEIGHTS_PER_BUCKET
@@ -154,6 +167,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "cap": (_is_cap, "None or a number of at least 1 (1 is the mean)"),
     "normalize": (_one_of(True, False), "True or False"),
+    "sketch": (lambda v: v is None or _whole(1)(v), "None or an int >= 1, such as 2**20"),
     "wire_dtype": (
         _one_of(None, torch.bfloat16, torch.float16),
         "None, torch.bfloat16 or torch.float16",

@@ -14,20 +14,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
 from grain_ddp._core.columns import Columns
+from grain_ddp._core.groups import Grouping, partition
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
+from grain_ddp._core.sketched import Exchange, Sketches, sketch_size
 from grain_ddp._core.state import GrainState, Owner
+from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.views import Views, length, part, read, write
+from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import DeviceWeights, uniform
+from grain_ddp._math.sketch import Sketch
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
+
+PADDED = 1.25
+"""Parts are summed by one reduce-scatter if padding to equal lengths makes them no longer."""
 
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
@@ -65,8 +71,9 @@ def share(
 class _Bucket:
     """What shares one push: its columns, their Gramian, and what goes to others when weighed."""
 
-    def __init__(self, like: Tensor, gramian: Tensor | None) -> None:
-        self.like, self.gramian = like, gramian
+    def __init__(self, owned: Sequence[Views]) -> None:
+        self.owned, self.like = owned, next(view for views in owned for view in views)
+        self.gramian: Tensor | None = None
         self.columns: list[Columns] = []
         self.moved: list[tuple[int, int, Tensor]] = []  # weigher, owner, view
 
@@ -92,17 +99,18 @@ class ShardedAggregation:
         scratch: float = math.inf,
     ) -> None:
         options = state.options
-        for name, only in (("groups", "rank"), ("microbatches", 1)):
-            if getattr(options, name) != only:
-                raise ValueError(
-                    f"grain_ddp: {name} must be {only!r} where gradients are sharded, but it is "
-                    f"{getattr(options, name)!r} (this is rank {wire.rank}). DDP and "
-                    "reduce_gradients have groups of other sizes."
-                )
+        if options.microbatches != 1:
+            raise ValueError(
+                "grain_ddp: microbatches must be 1 where gradients are sharded, but it is "
+                f"{options.microbatches} (this is rank {wire.rank}). DDP and reduce_gradients have "
+                "several."
+            )
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
+        groups, k = partition(options.groups, wire), sketch_size(options, wire)
+        self._grouping, self._marks = Grouping(groups), Marks(wire, str(owner or self))
+        self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))
-        self._marks = Marks(wire, str(owner or self))
         self.drop()
 
     def __str__(self) -> str:
@@ -113,7 +121,10 @@ class ShardedAggregation:
         self._kind: Kind | None = None  # of the step, from its first push on
         self._found: list[AnyWeights] = []
         self._buckets: list[_Bucket] = []  # not weighed yet
+        self._sketch: Sketch | None = None  # of what is not weighed yet
         self._scratch = Scratch()
+        if self._sketches is not None:
+            self._sketches.drop()
 
     @property
     def pending(self) -> bool:
@@ -129,7 +140,14 @@ class ShardedAggregation:
             if self._kind is None:
                 self._kind = self.options.kind(self.state.step)
                 self._marks.begin(self.state.step)
-            self._receive(owned)
+            bucket = _Bucket(owned)
+            self._buckets.append(bucket)
+            for views in owned:
+                self._marks.push(length(views), bucket.like.dtype)
+            if self._sketches is None:
+                self._receive(bucket, self._kind.has_gramian)
+            elif self._kind.has_gramian:
+                self._add(bucket, self._sketches)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -151,17 +169,23 @@ class ShardedAggregation:
         self.state.advance(record)
         return record
 
-    def _receive(self, owned: Sequence[Views]) -> None:
-        """Exchange the parts, two sets of columns at a time, and add up the Gramian of the rows."""
-        assert self._kind is not None
-        n, like = self.wire.size, next(view for views in owned for view in views)
-        zeros = like.new_zeros(n, n, dtype=torch.float64) if self._kind.has_gramian else None
-        bucket = _Bucket(like, zeros)
-        self._buckets.append(bucket)
-        weighed, bucket.moved = share(owned)
+    def _add(self, bucket: _Bucket, sketches: Sketches) -> None:
+        """Add the gradient to the sketch."""
+        if self._sketch is None:
+            alone = self.options.scope == "bucket"
+            most = sum(map(length, bucket.owned)) if alone else sketches.k
+            self._sketch = sketches.empty(bucket.like, most)
+        for views in bucket.owned:
+            for view in views:
+                self._sketch.add(view)
+
+    def _receive(self, bucket: _Bucket, counted: bool) -> None:
+        """Exchange the parts, two sets of columns at a time; add up their Gramian, if it counts."""
+        n, like = self.wire.size, bucket.like
+        if counted:
+            bucket.gramian = like.new_zeros(n, n, dtype=torch.float64)
+        weighed, bucket.moved = share(bucket.owned)
         lengths = [length(views) for views in weighed]
-        for size in lengths:
-            self._marks.push(size, like.dtype)
         message = max(self._limit // (4 * n), SMALLEST_MESSAGE_BYTES)
         if like.device.type == "cpu":
             message = min(message, MESSAGE_BYTES)
@@ -190,27 +214,82 @@ class ShardedAggregation:
     def _weigh(self) -> None:
         """The weights of what waits for them, and this rank's part of the aggregate."""
         assert self._kind is not None
-        n, buckets, exact = self.wire.size, self._buckets, False
-        found: AnyWeights = uniform(n)
-        if self._kind.has_gramian:
-            total = torch.stack([b.gramian for b in buckets if b.gramian is not None]).sum(0)
-            every = [columns for bucket in buckets for columns in bucket.columns]
-            summed = GramianSum(self.state, self.wire, total, every, self._marks)
-            found, exact = summed.weights(), summed.exact
-        for bucket in buckets:
-            factors = found.factors_for(bucket.like, exact=exact) * self.scale
-            for columns in bucket.columns:
-                columns.reduce(factors, found.dropped, exact=exact)
-                columns.give_back()
-                self._clear(columns, found)
-            self._forward(bucket)
-        self._found.append(found)
-        self._buckets = []
+        sketches = self._sketches
+        summed = self._sum() if self._kind.has_gramian else None
+        if summed is not None:
+            self._found.append(summed.weights())
+        if self._kind.averages:
+            summed = None
+        for bucket in self._buckets:
+            if sketches is not None:
+                weight = self._equal(bucket)[0]
+                if summed is not None:
+                    weight = sketches.weight(summed, bucket.like)
+                self._reduce_scatter(bucket, weight * self.scale)
+            elif summed is None:
+                self._reduce(bucket, self._equal(bucket) * self.scale)
+            else:
+                factors, dropped = summed.factors_for(bucket.like)
+                self._reduce(bucket, factors * self.scale, dropped, summed.exact)
+        self._buckets, self._sketch = [], None
 
-    def _clear(self, columns: Columns, found: AnyWeights) -> None:
+    def _equal(self, bucket: _Bucket) -> Tensor:
+        n = self.wire.size
+        return torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.like.device)
+
+    def _sum(self) -> GramianSum:
+        """The sum of the Gramian of what waits, over the ranks."""
+        if self._sketches is not None and self._sketch is not None:
+            exchange = Exchange(self._sketches, self._sketch)
+            summed = exchange.sum()
+            summed.weights()
+            exchange.end()
+            return summed
+        total = torch.stack([b.gramian for b in self._buckets if b.gramian is not None]).sum(0)
+        every = [columns for bucket in self._buckets for columns in bucket.columns]
+        return GramianSum(self.state, self.wire, total, every, self._marks, grouping=self._grouping)
+
+    def _reduce(
+        self,
+        bucket: _Bucket,
+        factors: Tensor,
+        dropped: Sequence[int] = (),
+        exact: bool = False,
+    ) -> None:
+        """The weighted sum of what was received."""
+        for columns in bucket.columns:
+            columns.reduce(factors, dropped, exact=exact)
+            columns.give_back()
+            self._clear(columns, dropped)
+        self._forward(bucket)
+
+    def _reduce_scatter(self, bucket: _Bucket, weight: Tensor) -> None:
+        """The sum of all ranks' weighed gradients, by the backend."""
+        n, like, me = self.wire.size, bucket.like, self.wire.rank
+        near = self.wire.shares_memory(like.device)  # which is faster
+        for views in bucket.owned:
+            for view in views:
+                weigh_(view, weight * n if near else weight)
+        if near:
+            self._receive(bucket, False)
+            self._reduce(bucket, self._equal(bucket))
+            return
+        lengths = [length(views) for views in bucket.owned]
+        if n * max(lengths) <= PADDED * sum(lengths):
+            rows = like.new_zeros(n, max(lengths))
+            for row, views, width in zip(rows, bucket.owned, lengths, strict=True):
+                row[:width] = read(views, like)
+            write(bucket.owned[me], self.wire.reduce_scatter(rows, "the gradients"))
+            return
+        sums = [read(views, like) for views in bucket.owned]
+        for transfer in [self.wire.reduce(one, j, "the gradients") for j, one in enumerate(sums)]:
+            transfer.wait()
+        write(bucket.owned[me], sums[me])
+
+    def _clear(self, columns: Columns, dropped: Sequence[int]) -> None:
         """Leave no NaN beside this rank's own part, where an optimizer would find it."""
-        unknown = isinstance(found, DeviceWeights) and self.options.nonfinite == "drop"
-        if found.dropped or unknown:
+        # On a GPU it is not known which are dropped.
+        if dropped or (self.options.nonfinite == "drop" and self.wire.device.type != "cpu"):
             for rank, views in enumerate(columns.slots):
                 for view in views if rank != self.wire.rank else ():
                     view.zero_()

@@ -50,6 +50,10 @@ class GrainState:
         cap: with "min_norm", no group weighs more than cap/n. None: no bound; 1: the mean.
         normalize: with "min_norm", the hull of unit gradients: its weights over the norms, scaled
             to sum to one. A `cap` is then a bound on both sides of 1/n.
+        sketch: None: the exact Gramian, for which ranks exchange all of their gradients. An int k
+            (2**20 is a good one): that of k random sums of each gradient, with an error of about
+            1/√k; the bytes on every link are those of plain averaging, and k numbers. With "mean",
+            and where ranks do not read each other's memory, 2**18 is the default.
         wire_dtype: torch.bfloat16 or torch.float16: what travels, for gradients that are wider.
             None: the gradient's own dtype. Sums are accumulated in fp32 or better.
         warmup_steps: plain averaging for that many first steps.
@@ -83,6 +87,7 @@ class GrainState:
         weighting: Weighting = "min_norm",
         cap: float | None = None,
         normalize: bool = False,
+        sketch: int | None = None,
         wire_dtype: torch.dtype | None = None,
         warmup_steps: int = 0,
         nonfinite: str = "propagate",
@@ -96,6 +101,7 @@ class GrainState:
             weighting=weighting,
             cap=cap,
             normalize=normalize,
+            sketch=sketch,
             wire_dtype=wire_dtype,
             warmup_steps=warmup_steps,
             nonfinite=nonfinite,

@@ -161,6 +161,21 @@ def weighted_sum(
                 scale = 1.0
 
 
+def weigh_(values: Tensor, weight: Tensor) -> None:
+    """Multiply values [c] with a float64 scalar, in place. Times 0 they are 0, whatever they are.
+
+    On a GPU the host does not wait.
+    """
+    if values.device.type != "cpu":
+        values.mul_(weight).masked_fill_(weight == 0, 0)
+    elif float(weight) == 0:
+        values.zero_()
+    elif values.dtype != torch.float64 and _leave_fp32(weight[None]):
+        values.copy_(values.double().mul_(weight))
+    else:
+        values.mul_(weight)
+
+
 def _leave_fp32(weights: Tensor) -> bool:
     """Whether a weight is too small for fp32, as that of a gradient 1e30 times the others' is."""
     tiny = torch.finfo(torch.float32).tiny

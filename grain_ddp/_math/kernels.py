@@ -12,10 +12,12 @@ from torch import Tensor
 LARGEST = 64
 """Rows; beyond it the accumulators do not fit into the registers of one program."""
 
+_SUMS = 1024  # of a sketch, for one program
 _SHORT = 4096  # columns whose products are summed in fp32 before fp64 takes over, or a quarter
 # Squares outside of this range have left fp32, or are about to.
 _SMALLEST, _LARGEST = tl.constexpr(1e-30), tl.constexpr(1e37)
 _TINY = tl.constexpr(2.0**-126)
+_SPREAD = tl.constexpr(1 << 16)  # grain_ddp._math.sketch.SPREAD
 
 
 def gramian(rows: Tensor) -> Tensor:
@@ -67,6 +69,24 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor, exact: bool = False
             launch: Any = _weighted_sum[(triton.cdiv(columns, 1024),)]
             wide = exact or rows.dtype == torch.float64
             launch(rows, rows.stride(0), weights, out, columns, n, BLOCK=1024, WIDE=wide)
+
+
+def sketch(
+    values: Tensor, sums: Tensor, squares: Tensor, table: Tensor, first: int, base: int
+) -> None:
+    """Add values [c], numbers `first` and on of a gradient, to the sums [k] of a sketch, float32.
+
+    ``squares`` [`sketch_programs`], float64, has their squares added. ``table`` and `base` are what
+    `grain_ddp._math.sketch` makes of k and the seed. No atomics: each program has sums of its own.
+    """
+    k = len(sums)
+    with torch.cuda.device_of(values):
+        launch: Any = _sketch[(len(squares),)]
+        launch(values, len(values), sums, squares, table, k, first, base, BLOCK=_SUMS)
+
+
+def sketch_programs(k: int) -> int:
+    return int(triton.cdiv(k, _SUMS))
 
 
 def _block(size: int, dot: bool) -> int:
@@ -194,3 +214,38 @@ def _weighted_sum(rows, stride, weights, out, columns, n, BLOCK: tl.constexpr, W
     if out.dtype.element_ty != tl.float64:  # nor one back
         total = total.to(tl.float32)
     tl.store(out + column, total.to(out.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _sketch(values, count, sums, squares, table, k, first, base, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    j = program * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([1], tl.float64)
+    for chunk in range(first // k, (first + count - 1) // k + 1):
+        mixed = _mix((base + 2 * tl.cast(chunk, tl.int64)) & 0xFFFFFFFF)
+        shift = tl.where(chunk == 0, 0, mixed % k)
+        start = _mix(mixed ^ 0x5BD1E995) % _SPREAD
+        inside = j - shift
+        inside = tl.where(inside < 0, inside + k, inside)
+        at = tl.cast(chunk, tl.int64) * k + inside - first
+        mask = (j < k) & (at >= 0) & (at < count)
+        found = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
+        sign = tl.load(table + start + inside, mask=mask, other=0.0)
+        total += found * sign
+        largest = tl.max(tl.abs(found), 0)
+        # Scaled, so that no square leaves fp32; what is not finite stays so.
+        scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+        part = tl.sum((found / scale) * (found / scale), 0).to(tl.float64)
+        square += part * scale.to(tl.float64) * scale.to(tl.float64)
+    place = sums + j
+    tl.store(place, tl.load(place, mask=j < k, other=0.0) + total, mask=j < k)
+    own = squares + program + tl.arange(0, 1)
+    tl.store(own, tl.load(own) + square)
+
+
+@triton.jit
+def _mix(x):
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,9 @@ class StepRecord:
         dropped: [b] indices of the groups left out because their gradient was not finite
             (``nonfinite="drop"``). A group that is neither active nor dropped was absent: its
             gradient was exactly zero.
+        sketch_error: of a Gramian from a `sketch`, the root mean square of the relative errors that
+            the squared norms had in it, in the worst bucket; they were put right, but the inner
+            products, in units of ‖gᵢ‖‖gⱼ‖, are about as wrong. None: the Gramian is exact.
     """
 
     step: int
@@ -44,6 +47,7 @@ class StepRecord:
     status: Status | tuple[Status, ...]
     active: tuple[int, ...] | tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    sketch_error: float | None = field(default_factory=lambda: None)  # not of the class
 
     @cached_property
     def _total(self) -> tuple[Array, Array, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Weights:
     active: tuple[int, ...]
     dropped: tuple[int, ...]
     gap: float
+    sketch_error: float | None = None
 
     def factors(self, dtype: torch.dtype, *, exact: bool = False) -> Array:
         """What to multiply the groups' gradients of that dtype with, ``[n]``: the weights.
@@ -91,9 +92,17 @@ class DeviceWeights:
 
     dropped = ()  # their factors are zero, and the kernel leaves out such rows
 
-    def __init__(self, gramian: Tensor, rule: str, cap: float | None, nonfinite: str) -> None:
+    def __init__(
+        self,
+        gramian: Tensor,
+        rule: str,
+        cap: float | None,
+        nonfinite: str,
+        sketch_error: Tensor | None = None,
+    ) -> None:
         from grain_ddp._math.kernel_solver import weights_on_device
 
+        self._error = sketch_error
         self._gramian, self._rule, self._cap, self._nonfinite = gramian, rule, cap, nonfinite
         self._found = weights_on_device(gramian, rule, cap, nonfinite == "drop")
         self._ready: torch.cuda.Event | None = None
@@ -116,7 +125,8 @@ class DeviceWeights:
                 return weights, Status(self._rule)
             return weights, judge(inner, weights, self._cap, bool(found[-1]))[2]
 
-        return _weigh(gramian, self._rule, self._nonfinite, rule)
+        weights = _weigh(gramian, self._rule, self._nonfinite, rule)
+        return _sketched(weights, None if self._error is None else to_host(self._error))
 
 
 def uniform(n: int) -> Weights:
@@ -169,6 +179,7 @@ def weigh(
     normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
+    shares: Array | None = None,
 ) -> Weights:
     """Weights of the n groups from their Gramian ``[n, n]`` (float64).
 
@@ -176,6 +187,8 @@ def weigh(
     n whatever the gradients are, as plain averaging does). With ``nonfinite="drop"`` so does one
     whose gradient is not finite. Otherwise, or if no group is finite, all weights are 1/n, so that
     the NaN or inf comes out as it would from averaging.
+
+    "mean" weighs groups by their `shares` [n] of what they are means of; None: all alike.
 
     A callable sees the Gramian of the groups that count. It runs with torch's global random
     generator seeded by `seed` and restored afterwards, so that all ranks draw alike.
@@ -190,6 +203,8 @@ def weigh(
         if normalize:
             weights, solution = normalized_min_norm(inner, cap)
             return weights, solution.status
+        if weighting == "mean" and shares is not None:
+            return shares[active] / shares[active].sum(), Status.MEAN
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule)
@@ -203,19 +218,35 @@ def weigh_tensor(
     normalize: bool = False,
     nonfinite: str = "propagate",
     seed: int = 0,
+    shares: Array | None = None,
+    sketch_error: Tensor | None = None,
 ) -> Weights | DeviceWeights:
-    """`weigh`, of a Gramian on any device.
+    """`weigh`, of a Gramian on any device. `sketch_error` is noted, a scalar, if it is a sketch's.
 
     On a GPU with Triton a rule by name for up to 64 groups is done there, and the host does not
     wait. Else the Gramian is copied to the CPU, and the host waits for it.
     """
-    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize:
+    shares = None if weighting != "mean" else shares
+    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize and shares is None:
         from grain_ddp._math.kernel_solver import LARGEST
 
         if len(gramian) <= LARGEST:
-            return DeviceWeights(gramian, weighting, cap, nonfinite)
+            return DeviceWeights(gramian, weighting, cap, nonfinite, sketch_error)
     host = to_host(gramian).numpy()
-    return weigh(host, weighting, cap=cap, normalize=normalize, nonfinite=nonfinite, seed=seed)
+    weights = weigh(
+        host,
+        weighting,
+        cap=cap,
+        normalize=normalize,
+        nonfinite=nonfinite,
+        seed=seed,
+        shares=shares,
+    )
+    return _sketched(weights, sketch_error)
+
+
+def _sketched(weights: Weights, error: Tensor | None) -> Weights:
+    return weights if error is None else replace(weights, sketch_error=float(error))
 
 
 def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:

@@ -73,6 +73,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of what travels (default: own bf16)",
     )
     which.add_argument(
+        "--sketch",
+        nargs="*",
+        type=whole(),
+        default=[2**20],
+        metavar="K",
+        help="numbers in a sketch of the gradient (default: 1048576)",
+    )
+    which.add_argument(
         "--record-every",
         nargs="*",
         type=whole(),
@@ -164,7 +172,7 @@ def _measure(options: argparse.Namespace, device: torch.device) -> None:
     usual = [1e7, 1e8] if device.type == "cuda" else [1e6, 1e7]
     sizes = options.parameters or ([2e4] if options.quick else usual)
     groups = options.groups or ["rank", *(["node"] if len(places) > 1 and _has_nodes() else [])]
-    contest = variants(options.scope, groups, options.wire, options.record_every)
+    contest = variants(options.scope, groups, options.wire, options.record_every, options.sketch)
     facts = {
         output.MARK: grain_ddp.__version__,
         "torch": torch.__version__,

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from grain_ddp._core.aggregation import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._core.agreement import MARKS
+from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._wire import torch_wire, wire
 
 BACKWARD = 2 / 3

@@ -39,6 +39,7 @@ def variants(
     groups: Sequence[str | int],
     wires: Sequence[str],
     monitor: Sequence[int],
+    sketches: Sequence[int] = (),
 ) -> dict[str, Options | None]:
     """What is compared, by name; None: no `GrainState`."""
     found: dict[str, Options | None] = {PLAIN: None, NOOP: None}
@@ -48,6 +49,10 @@ def variants(
                 name = f"GRAIN, {scope}" + ("" if group == "rank" else f", groups of {group}")
                 name += "" if wire == "own" else f", {wire} on the wire"
                 found[name] = {"scope": scope, "groups": group, "wire_dtype": WIRES[wire]}
+        for k in sketches:
+            for scope in scopes:
+                name = f"GRAIN, {scope}" + ("" if group == "rank" else f", groups of {group}")
+                found[f"{name}, sketch of {k}"] = {"scope": scope, "groups": group, "sketch": k}
     for every in monitor:
         name = "monitor, every step" if every == 1 else f"monitor, every {every} steps"
         found[name] = {"weighting": "mean", "record_every": every}

@@ -27,6 +27,10 @@ _OBJECTS, _PROBE = 0x5FFE, 0x5FFF
 _of_groups: WeakKeyDictionary[dist.ProcessGroup, Shared] = WeakKeyDictionary()
 
 
+# The name since PyTorch 2.13, or the one before.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 def default_group() -> dist.ProcessGroup:
     """The group of all ranks. RuntimeError if there is none yet."""
     group = dist.group.WORLD
@@ -180,6 +184,28 @@ class TorchWire(Wire):
             self.whole._check("sum", [values] * self.whole.size, [values] * self.whole.size, what)
         try:
             work = dist.all_reduce(values, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self.lost(error, None, what) from error
+        return Transfer([(work.wait, None)], [values], (), self, what)
+
+    def reduce_scatter(self, rows: Tensor, what: object = "a sum") -> Tensor:
+        """The backend's own sum over the ranks of row [c] number `rank` of ``rows`` [n, c]."""
+        if self.whole.checking:
+            self.whole._check("sum", [rows] * self.size, [rows] * self.size, what)
+        out = torch.empty_like(rows[0])
+        try:
+            work = _reduce_scatter(out, rows.view(-1), group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self.lost(error, None, what) from error
+        Transfer([(work.wait, None)], [rows, out], (), self, what).wait()
+        return out
+
+    def reduce(self, values: Tensor, rank: int, what: object = "a sum") -> Transfer:
+        """Start the backend's own sum over the ranks, for one of them, in place."""
+        if self.whole.checking:
+            self.whole._check("sum", [values] * self.size, [values] * self.size, what)
+        try:
+            work = dist.reduce(values, group_dst=rank, group=self.group, async_op=True)
         except RuntimeError as error:
             raise self.lost(error, None, what) from error
         return Transfer([(work.wait, None)], [values], (), self, what)

@@ -38,7 +38,7 @@ from grain_ddp.deepspeed.config import (
     DTYPES,
     basic_optimizer,
     check_engine,
-    check_groups,
+    check_microbatches,
     section,
     sink,
 )
@@ -95,7 +95,7 @@ def attach(engine: Any) -> None:
     stage = int(engine.zero_optimization_stage())
     if stage and basic_optimizer(engine) is None:
         return  # for inference
-    check_groups(options, stage, engine.gradient_accumulation_steps())
+    check_microbatches(options, stage, engine.gradient_accumulation_steps())
     wire = TorchWire(process_group(engine))
     options.setdefault("scope", "bucket" if stage >= 2 else "global")
     if options.get("wire_dtype") is None and engine.communication_data_type in DTYPES.values():

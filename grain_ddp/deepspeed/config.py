@@ -177,14 +177,9 @@ def _trained(engine: Any) -> list[Any]:
     return []
 
 
-def check_groups(options: Mapping[str, Any], stage: int, passes: int) -> None:
-    """ValueError for groups that the stage, with so many passes for a step, cannot form."""
-    groups, microbatches = options.get("groups", "rank"), options.get("microbatches", 1)
-    if stage and groups != "rank":
-        raise ValueError(
-            f'grain_ddp: grain.groups must be "rank" at stage {stage}, where each rank owns a part '
-            f"of the gradient, but it is {groups!r}. Stage 0 has groups of several ranks."
-        )
+def check_microbatches(options: Mapping[str, Any], stage: int, passes: int) -> None:
+    """ValueError for micro-batches that the stage, with so many passes for a step, cannot weigh."""
+    microbatches = options.get("microbatches", 1)
     if microbatches > 1 and (stage or microbatches != passes):
         raise ValueError(
             "grain_ddp: grain.microbatches must be 1, or at stage 0 gradient_accumulation_steps, "

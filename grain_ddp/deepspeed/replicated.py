@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grain_ddp._core.aggregation import MESSAGE_BYTES, Aggregation
+from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.packing import flatten, packs
 from grain_ddp._core.state import GrainState
+from grain_ddp._core.transposed import MESSAGE_BYTES
 from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.deepspeed.owner import Owner
 
