@@ -151,6 +151,7 @@ class _Hook:
         if aggregation.pending and not self._seen.isdisjoint(found):
             # The last backward pass was broken off by an exception. On all ranks? They meet anew.
             aggregation.abandon()
+            aggregation.wire.whole.close()
             self.aggregation = aggregation = self._meet()
         first = not aggregation.pending
         self._seen = found if first else self._seen | found

@@ -5,6 +5,7 @@ docs/faults.md says which of these tests shows what.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -32,9 +33,9 @@ from grain_ddp._wire.neighbours import SWITCH
 from grain_ddp._wire.thread_wire import run as run_threads
 from grain_ddp._wire.torch_wire import TorchWire
 
-TIMEOUT = 4.0
+TIMEOUT = 3.0
 FAULTS = ("amid", "after", "between", "inside")
-ALONE = ("ddp", "loop", "fsdp")  # tests/test_deepspeed_faults.py stops ranks of DeepSpeed's
+STOPPED = ("ddp", "fsdp")  # tests/test_deepspeed_faults.py stops ranks of DeepSpeed's
 
 
 def available(name: str) -> bool:
@@ -139,7 +140,7 @@ def faulty(name: str, faults: list[str], folder: str) -> Any:
     raise AssertionError(f"{fault}: the second rank is not missed")
 
 
-NAMES = ["ddp", "loop", "fsdp", "zero0", "zero2", "zero3"]
+NAMES = ["ddp", "loop", "fsdp", "zero0", "zero3"]  # stages 1 and 2 do as 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,7 +149,7 @@ def test_a_rank_is_lost(name: str, tmp_path: Path) -> None:
     an error within the timeout that says which rank, and no parameter of theirs has changed."""
     if not available(name):
         pytest.skip("not with this version")
-    faults = [*FAULTS, *(["stopped"] if name in ALONE else [])]
+    faults = [*FAULTS, *(["stopped"] if name in STOPPED else [])]
     outcomes = launch(2 * len(faults), faulty, name, faults, str(tmp_path), deadline=60)
     for first, second in zip(outcomes[::2], outcomes[1::2], strict=True):
         assert first.error is None, first.error
@@ -244,17 +245,26 @@ def test_buckets_that_differ() -> None:
 
 
 def alone(memory: str, ddp: bool, what: str) -> None:
-    """The second rank goes without the hook, or loads other options."""
+    """The second rank goes without the hook, loads other options, or catches an exception of its
+    own in the backward pass."""
     os.environ[SWITCH] = memory
     state, model, second = GrainState(), network(), dist.get_rank() == 1
     wrapped: Any = model
     if ddp:
-        wrapped = DistributedDataParallel(model)
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=0.002)
         if not (second and what == "no hook"):
             wrapped.register_comm_hook(state, grain_hook)
     for number in range(3):
         if number == 2 and second and what == "loads":
             state.load_state_dict({**state.state_dict(), "cap": 2})
+        if number == 2 and second and what == "catches":
+            handle = model[1].register_forward_hook(
+                lambda _m, _i, out: out.register_hook(fail) and None
+            )
+            with contextlib.suppress(ArithmeticError):
+                loss(wrapped, number).backward()
+            handle.remove()
+            wrapped.reducer._reset_state()
         loss(wrapped, number).backward()
         if not ddp:
             reduce_gradients(model.parameters(), state)
@@ -262,11 +272,16 @@ def alone(memory: str, ddp: bool, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "ddp", "what"),
-    [("1", True, "loads"), ("0", False, "loads"), ("1", True, "no hook")],
+    [
+        ("1", True, "loads"),
+        ("0", False, "loads"),
+        ("1", True, "no hook"),
+        ("0", True, "catches"),
+    ],
 )
 def test_a_rank_that_goes_alone(memory: str, ddp: bool, what: str) -> None:
     first, second = launch(2, alone, memory, ddp, what, timeout=TIMEOUT)
-    for outcome in (first, second) if what == "loads" else (first,):
+    for outcome in (first,) if what == "no hook" else (first, second):
         assert "grain_ddp: lost the connection to rank " in str(outcome.error)
         assert "has loaded a state alone" in str(outcome.error)
     assert second.error is not None
@@ -313,7 +328,7 @@ def test_groups_after_a_restart_with_another_number_of_ranks() -> None:
 
 def soaked(steps: int) -> None:
     gc.freeze()  # what was imported before is not looked at
-    for name in ("ddp", "loop", "fsdp", "zero0", "zero1", "zero2", "zero3"):
+    for name in NAMES:
         if available(name):
             grown = soak.grown(*soak.soak(soak.made(name)[1], steps), mib=4)
             assert not grown, (name, grown)

@@ -126,7 +126,7 @@ def case_state(world: Any) -> Any:
 
 
 def case_soak(world: Any) -> Any:
-    """What has grown in some hundred steps of a state."""
+    """What has grown in a hundred steps."""
     sys.path.append(str(ROOT / "docs/benchmarks"))
     import soak
 
@@ -134,7 +134,7 @@ def case_soak(world: Any) -> Any:
     from grain_ddp.mpi import reduce_gradient
 
     state, array = GrainState(), gradient(world.rank)[:700].copy()
-    found = soak.soak(lambda step: reduce_gradient(array + step, world, state) and None, 300)
+    found = soak.soak(lambda step: reduce_gradient(array + step, world, state) and None, 100)
     return soak.grown(*found, mib=4)
 
 
