@@ -195,24 +195,43 @@ def test_hosts_are_groups() -> None:
         assert relative_error(buffer, expected) < 1e-5
 
 
-def train_in_groups(ddp: dict[str, Any]) -> float:
-    model = DistributedDataParallel(network(), bucket_cap_mb=0.002, **ddp)
-    model.register_comm_hook(GrainState(groups=2), grain_hook)
+def train_in_groups(
+    options: dict[str, Any], groups: list[list[int]], ddp: dict[str, Any] | None
+) -> float:
+    """Steps by DDP or (None) by reduce_gradients: the worst error of an aggregate."""
+    module, state = network(), GrainState(**options)
+    model: nn.Module = module
+    if ddp is not None:
+        model = DistributedDataParallel(module, bucket_cap_mb=0.002, **ddp)
+        model.register_comm_hook(state, grain_hook)
     optimizer, worst = torch.optim.SGD(model.parameters(), lr=0.5), 0.0
     for step in range(4):
-        rows = local_gradients(model.module, step)
-        expected = torch.from_numpy(min_norm_point(rows.view(-1, 2, rows.shape[1]).mean(1)))
+        rows = local_gradients(module, step)
+        rows = torch.stack([rows[group].mean(0) for group in groups])
         optimizer.zero_grad()
         loss(model, step).backward()
-        worst = max(worst, relative_error(flat(p.grad for p in model.parameters()), expected))
+        if ddp is None:
+            reduce_gradients(model.parameters(), state)
+        found = flat(p.grad for p in model.parameters())
+        worst = max(worst, relative_error(found, torch.from_numpy(min_norm_point(rows))))
         optimizer.step()
     assert same_everywhere(flat(model.parameters()))
     return worst
 
 
-def test_ddp_with_groups() -> None:
-    assert max(run(4, train_in_groups, {})) < 1e-5
-    assert max(run(4, train_in_groups, {"gradient_as_bucket_view": True})) < 1e-5
+def train_in_every_way() -> list[float]:
+    ways: list[Any] = [{}, {"gradient_as_bucket_view": True}, None]
+    return [
+        train_in_groups({"groups": groups, "sketch": sketch}, named, ddp)
+        for ddp in ways
+        for groups, named in ((2, [[0, 1], [2, 3]]), ([[3], [0, 1, 2]], [[3], [0, 1, 2]]))
+        for sketch in (None, 4000)  # which has room for every number
+    ]
+
+
+def test_ddp_and_the_loop_with_groups() -> None:
+    for errors in run(4, train_in_every_way):
+        assert max(errors) < 1e-5, errors
 
 
 # Micro-batches: m passes of n ranks are n·m groups.

@@ -26,7 +26,16 @@ from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.transposed import SCRATCH_BYTES
 from grain_ddp._tools.advice import KINDS, choices, figures, growth, recommend, report, sizes
-from grain_ddp._tools.cost import Choice, Cluster, Job, Link, _overlapped, cost, overhead
+from grain_ddp._tools.cost import (
+    GPU_SOLVER,
+    Choice,
+    Cluster,
+    Job,
+    Link,
+    _overlapped,
+    cost,
+    overhead,
+)
 from grain_ddp._tools.plan import PRESETS, _asked, arguments, load
 from grain_ddp._tools.quantities import count, rate, share, whole
 from grain_ddp._wire.torch_wire import TorchWire
@@ -166,11 +175,28 @@ def test_sharded_is_half_of_the_way() -> None:
 
 
 def test_the_solver_between_and_beyond_what_is_measured() -> None:
-    for n, seconds in H100.solver:
-        assert H100.solve(n) == pytest.approx(seconds)
-    between = [H100.solve(n) for n in range(2, 1025)]
-    assert between == sorted(between)
-    assert H100.solve(2048) == pytest.approx(8 * H100.solve(1024))
+    cpus = replace(H100, gpu=False)
+    for cluster, known in ((cpus, cpus.solver), (H100, GPU_SOLVER)):
+        for n, seconds in known:
+            assert cluster.solve(n) == pytest.approx(seconds)
+        between = [cluster.solve(n) for n in range(2, 1025)]
+        assert between == sorted(between)
+        assert cluster.solve(2048) == pytest.approx(8 * cluster.solve(1024))
+    assert not H100.waits(64)
+    assert H100.waits(65)
+    assert cpus.waits(2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [8, 64, 1024, 16384])
+def test_a_sketch_costs_little_in_bucket_scope(kind: str, ranks: int) -> None:
+    """In buckets of 200 MB, and groups that make 8 to 64 rows."""
+    job = Job(10**9, 4, 20, 0.3, kind)
+    groups = [g for g in (1, 8, 32, 128, 512, 2048) if 8 <= ranks // g <= 64]
+    found = [overhead(H100, job, ranks, Choice("bucket", g, sketch=1 << 20)) for g in groups]
+    assert min(found) <= 0.05
+    moved = cost(H100, job, ranks, Choice("bucket", groups[-1], sketch=1 << 20)).out
+    assert moved <= 1.03 * cost(H100, job, ranks).out
 
 
 def test_memory_of_many_gramians() -> None:
@@ -192,11 +218,12 @@ def test_recommendations() -> None:
     fast = replace(JOB, compute=5.0)  # all is hidden behind computing
     assert 'Take scope="global", groups="rank": ' in recommend(H100, fast, 8, 0.05)
     said = recommend(H100, fast, 1024, 0.05)
-    assert 'groups="node"' in said
-    assert "128 rows out of 1024" in said
-    allowed = re.match(r'Take .*, groups="node": ([\d.]+) %', said)
-    assert allowed is not None
-    assert float(allowed[1]) <= 5
+    found = re.match(r"Take .*, groups=[^:]*: ([\d.]+) %.* make (\d+) rows out of 1024", said)
+    assert found is not None
+    assert float(found[1]) <= 5
+    assert int(found[2]) >= 8
+    sharded = replace(JOB, kind="zero3", buckets=10)
+    assert "sketch=2**20: " in recommend(H100, sharded, 1024, 0.05)
     assert "the least there is, and more than the 0 % allowed" in recommend(H100, JOB, 64, 0.0)
     assert recommend(H100, JOB, 1, 0.05).startswith("Alone")
 
@@ -210,7 +237,7 @@ def test_only_what_an_integration_does_is_offered(kind: str, ranks: int) -> None
     if kind == "fsdp":
         assert {choice.scope for choice in found} == {"bucket"}
     if kind != "ddp":
-        assert {choice.group for choice in found} == {1}
+        assert {choice.group for choice in found if not choice.sketch} == {1}
     assert all(choice.group == 1 or ranks / choice.group > 2 for choice in found)
     names = {choice.name(8) for choice in found if choice.itemsize is None}
     assert all(name in names for name, curve in growth(H100, job, ranks).items() if ranks in curve)
@@ -222,16 +249,15 @@ def test_two_rows_are_called_what_they_are() -> None:
     assert "Groups of 8 would make two rows, whose weights are nearly the mean's" in recommend(
         H100, JOB, 16, 0.0
     )
-    zero = recommend(H100, replace(JOB, kind="zero3"), 64, 0.0)
-    assert "ZeRO 3 has groups of single ranks only" in zero
+    zero = recommend(H100, replace(JOB, kind="zero3"), 64, -0.5)
     assert 'To watch only, with weighting="mean" and record_every=10' in zero
 
 
 def test_what_does_not_fit_is_not_recommended() -> None:
     job = Job(70 * 10**9, 4, 140, 8.6, "zero3")
-    assert 'Take scope="bucket"' in recommend(H100, job, 1024, 0.0)
+    assert 'Take scope="bucket"' in recommend(H100, job, 1024, 1e9)
     assert "282 GB, does not fit |" in report(H100, job, 1024, 0.05)
-    assert 'Take scope="global"' in recommend(replace(H100, capacity=None), job, 1024, 0.0)
+    assert 'Take scope="global"' in recommend(replace(H100, capacity=None), job, 1024, 1e9)
 
 
 def test_what_a_model_needs() -> None:

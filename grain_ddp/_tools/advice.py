@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from grain_ddp._tools import output
-from grain_ddp._tools.cost import SCOPES, Choice, Cluster, Job, cost, overhead
+from grain_ddp._tools.cost import SCOPES, Choice, Cluster, Job, cost, overhead, watching
 from grain_ddp._tools.quantities import bytes_words, count_words, overhead_words, seconds_words
 
 GROWTH = tuple(2**k for k in range(1, 15))
@@ -28,7 +28,11 @@ OFFERED: dict[str, tuple[tuple[str, ...], bool]] = {
     "zero3": (SCOPES, False),
     "fsdp": (("bucket",), False),
 }
-"""What each integration does: its scopes, and whether several ranks can be a group."""
+"""What each integration does: its scopes, and whether groups of several ranks save it bytes without
+a sketch; with one all have them."""
+
+SKETCH = 1 << 20
+"""The size of the sketch that is offered."""
 
 
 def sizes(cluster: Cluster, job: Job, ranks: int) -> Iterator[int]:
@@ -40,17 +44,18 @@ def sizes(cluster: Cluster, job: Job, ranks: int) -> Iterator[int]:
     while size * 2 < ranks or size == 1 < ranks:
         if ranks % size == 0:
             yield size
-        if not OFFERED[job.kind][1]:
-            return
         size = cluster.per_host if size == 1 < cluster.per_host else size * 4
 
 
 def choices(cluster: Cluster, job: Job, ranks: int) -> Iterator[Choice]:
     """What can be chosen, the paper's method first: finer groups, then global, then own dtype."""
+    scopes, saves = OFFERED[job.kind]
     for size in sizes(cluster, job, ranks):
-        for scope in OFFERED[job.kind][0]:
+        for scope in scopes if saves or size == 1 else ():
             for itemsize in (None, 2) if job.itemsize > 2 else (None,):
                 yield Choice(scope, size, itemsize)
+        for scope in scopes:
+            yield Choice(scope, size, sketch=SKETCH)
 
 
 def recommend(cluster: Cluster, job: Job, ranks: int, budget: float) -> str:
@@ -67,6 +72,8 @@ def recommend(cluster: Cluster, job: Job, ranks: int, budget: float) -> str:
     parts = [f'scope="{best.scope}"', f"groups={_groups(best, cluster)}"]
     if best.itemsize:
         parts.append("wire_dtype=torch.bfloat16")
+    if best.sketch:
+        parts.append("sketch=2**20")
     said = f"Take {', '.join(parts)}: {overhead_words(found[best])} over plain averaging, "
     said += "within" if within else "the least there is, and more than"
     said += f" the {100 * budget:g} % allowed."
@@ -92,23 +99,21 @@ def recommend(cluster: Cluster, job: Job, ranks: int, budget: float) -> str:
     if narrow in found and found[narrow] < found[best] - 0.01:
         said += f" With wire_dtype=torch.bfloat16 it would be {overhead_words(found[narrow])}."
     if not within:
-        said += _nothing_within(cluster, job, ranks, found[best])
+        said += _nothing_within(cluster, job, ranks)
     return said
 
 
-def _nothing_within(cluster: Cluster, job: Job, ranks: int, least: float) -> str:
+def _nothing_within(cluster: Cluster, job: Job, ranks: int) -> str:
     coarse = ranks // 2
     said = ""
-    if OFFERED[job.kind][1] and ranks > 2 and ranks % 2 == 0 and coarse >= cluster.per_host:
+    if ranks > 2 and ranks % 2 == 0 and coarse >= cluster.per_host:
         said += (
             f" Groups of {coarse} would make two rows, whose weights are nearly the mean's: they "
             "are not offered."
         )
-    elif not OFFERED[job.kind][1]:
-        said += f" {KINDS[job.kind]} has groups of single ranks only."
     return (
-        f'{said} To watch only, with weighting="mean" and record_every=10, costs a tenth of that: '
-        f"{overhead_words(least / 10)}."
+        f'{said} To watch only, with weighting="mean" and record_every=10, costs '
+        f"{overhead_words(watching(cluster, job, ranks) / 10)}."
     )
 
 
@@ -199,10 +204,10 @@ def growth(cluster: Cluster, job: Job, ranks: int) -> dict[str, dict[int, float]
     Sizes that do not fill hosts, and links that were not measured, are left out.
     """
     k = cluster.per_host
-    scopes, grouped = OFFERED[job.kind]
-    kinds = [
-        Choice(scope, g) for g in sorted({1, k, 16 * k} if grouped else {1}) for scope in scopes
-    ]
+    scopes, saves = OFFERED[job.kind]
+    sizes = sorted({1, k, 16 * k})
+    kinds = [Choice(scope, g) for g in (sizes if saves else [1]) for scope in scopes]
+    kinds += [Choice("bucket", g, sketch=SKETCH) for g in sizes]
     curves: dict[str, dict[int, float]] = {}
     for choice in kinds:
         for n in sorted({*GROWTH, ranks}):
@@ -223,15 +228,17 @@ def draw(cluster: Cluster, job: Job, ranks: int, path: Path) -> None:
     """
     figure = output.canvas(path, (8, 5))
     axis = figure.subplots()
-    colors = ("tab:red", "tab:blue", "tab:green")
+    colors = iter(("tab:red", "tab:blue", "tab:green"))
+    color: dict[str, str] = {}  # by groups
     curves = growth(cluster, job, ranks)
-    scopes = len(OFFERED[job.kind][0])
-    for i, (name, curve) in enumerate(curves.items()):
+    for name, curve in curves.items():
+        scope, groups, *sketch = name.split(", ")
+        color[groups] = color.get(groups) or next(colors)
         axis.plot(
             list(curve),
             [100 * max(value, 1e-3) for value in curve.values()],
-            color=colors[i // scopes],
-            ls="--" if i % scopes else "-",
+            color=color[groups],
+            ls=":" if sketch else "--" if scope == "bucket" else "-",
             marker="o",
             ms=4,
             label=name,

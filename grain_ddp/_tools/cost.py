@@ -15,6 +15,9 @@ g ranks, G = n/g of them. A host sends to other hosts over one link, the sum of 
 * Passes: the rows, D/g bytes, are read once for the Gramian (2·G flops for each number) and once
   for the weighted sum. The solver's time is measured up to n = 1024, and grows with n³ beyond.
 
+With a sketch only k numbers are exchanged, in bf16, and the gradients move as plain ones: as soon
+as a bucket has its weights, or, in global scope, after the last bucket.
+
 With groups of g ranks: a reduce-scatter inside, the exchange of D/g across, and both ways back. A
 sharded optimizer (ZeRO 1 to 3, FSDP) leaves out the ways back, and gathers parameters by whatever
 rule: at stages 1 and 2 after the step, at stage 3 and in FSDP for each pass.
@@ -29,6 +32,7 @@ from itertools import pairwise
 from typing import Any
 
 from grain_ddp._core.agreement import MARKS
+from grain_ddp._core.sketched import WATCHING
 from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
 from grain_ddp._wire import torch_wire, wire
 
@@ -37,6 +41,9 @@ BACKWARD = 2 / 3
 
 SOLVER = ((2, 1e-4), (8, 1.9e-4), (64, 5e-4), (512, 0.015), (1024, 0.077))
 """Rows, and seconds of one solve: docs/benchmarks/solver.md, full rank and correlated."""
+
+GPU_SOLVER = ((2, 1e-4), (32, 1e-4), (64, 3.8e-4))
+"""The same on a GPU, for as many rows as it solves for: docs/benchmarks/gpu.md."""
 
 SCOPES = ("global", "bucket")
 
@@ -84,9 +91,13 @@ class Cluster:
         found["solver"] = tuple((int(n), float(seconds)) for n, seconds in found["solver"])
         return cls(**found)
 
+    def waits(self, rows: int) -> bool:
+        """Whether the host waits for the weights, and computing with it. (A GPU's is beside it.)"""
+        return not self.gpu or rows > GPU_SOLVER[-1][0]
+
     def solve(self, rows: int) -> float:
         """Seconds to solve for that many rows: between measured sizes a power law, beyond n³."""
-        known = self.solver
+        known = self.solver if self.waits(rows) else GPU_SOLVER
         if rows <= known[0][0]:
             return known[0][1]
         for (low, fast), (high, slow) in pairwise(known):
@@ -158,16 +169,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Choice:
-    """Options of `GrainState`: scope, ranks in a group, bytes of a number on the wire."""
+    """Options of `GrainState`: scope, ranks in a group, bytes of a number on the wire, sketch."""
 
     scope: str
     group: int = 1
     itemsize: int | None = None  # None: the gradient's own
+    sketch: int | None = None
 
     def name(self, per_host: int) -> str:
         groups = {1: "rank", per_host: "node"} if per_host > 1 else {1: "rank"}
-        found = groups.get(self.group, str(self.group))
-        return f"{self.scope}, {found}" + (", bf16" if self.itemsize else "")
+        found = f"{self.scope}, {groups.get(self.group, str(self.group))}"
+        return found + (", bf16" if self.itemsize else "") + (", sketch" if self.sketch else "")
 
 
 @dataclass(frozen=True)
@@ -307,6 +319,8 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
     g, rows = choice.group, ranks // choice.group
     if ranks % g or rows < 2:
         raise ValueError(f"grain_ddp: {ranks} GPUs do not make two or more groups of {g}.")
+    if choice.sketch is not None:
+        return _sketched(cluster, job, network, choice, forward, parameters)
     wide = job.size / g  # bytes of rows, over the step
     narrow = min((choice.itemsize or job.itemsize) / job.itemsize, 1)
     bucket = job.size * narrow / buckets
@@ -326,8 +340,9 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
         time = _overlapped(backward + first, buckets, there.seconds + parameters)
         time += total.seconds + solve + max(second, buckets * back.seconds)
     else:
-        each = there.seconds + total.seconds + back.seconds + parameters
-        time = _overlapped(backward + first + second + buckets * solve, buckets, each)
+        each = there.seconds + total.seconds + solve + back.seconds + parameters
+        busy = backward + first + second + (buckets * solve if cluster.waits(rows) else 0)
+        time = _overlapped(busy, buckets, each)
     moved = (there + back) * buckets + total * times
     # Scratch for rows that arrive; a Gramian for each bucket, in global scope stacked to be summed;
     # triangles, as many as are gathered.
@@ -343,6 +358,51 @@ def cost(cluster: Cluster, job: Job, ranks: int, choice: Choice | None = None) -
     return Cost(forward + time, moved.sent, moved.out, memory, times * solve)
 
 
+def _sketched(
+    cluster: Cluster, job: Job, network: _Network, choice: Choice, forward: float, parameters: float
+) -> Cost:
+    """Of a step in which a sketch is exchanged, and the gradients are summed as plain ones.
+
+    `forward`: seconds until the backward pass; `parameters`: of a bucket's, gathered during it.
+    """
+    buckets, ranks, backward = job.buckets, network.ranks, BACKWARD * job.compute
+    g, rows = choice.group, network.ranks // choice.group
+    single = choice.scope == "global"
+    most = job.parameters if single else job.parameters / buckets
+    k = min(choice.sketch or 0, most)
+    size = k * (2 if k < most else 4)  # in bf16, unless nothing is lost
+    there = network.ring(g, size) + network.exchange(rows, g, size / g / rows)
+    numbers = rows * (rows + 1) // 2 + (rows if g == 1 else 0)
+    total, solve = network.sum(numbers), cluster.solve(rows)
+    half = network.ring(ranks, job.size / buckets) * (1 if job.sharded else 2)
+    first = job.size / cluster.gramian  # read once, into the sums
+    second = job.size / cluster.copy  # weighed
+    each = there.seconds + total.seconds + solve
+    if single:
+        time = _overlapped(backward + first, buckets, parameters) + each
+        time += second / buckets + buckets * half.seconds  # the first is weighed, then all move
+    else:
+        each += half.seconds + parameters
+        busy = backward + first + second + (buckets * solve if cluster.waits(rows) else 0)
+        time = _overlapped(busy, buckets, each)
+    times = 1 if single else buckets
+    moved = half * buckets + (there + total) * times
+    gathered = ranks if ranks <= wire._GATHER_LIMIT else 1
+    flying = min(times, 3)  # of a bucket that is summed, one that arrives and one that is sent
+    memory = flying * (4 * k + 2 * size) + 8 * times * (gathered * numbers + rows * rows)
+    if single and job.sharded >= 2:
+        memory += job.size * (1 - 1 / ranks)
+    return Cost(forward + time, moved.sent, moved.out, memory, times * solve)
+
+
 def overhead(cluster: Cluster, job: Job, ranks: int, choice: Choice) -> float:
     """How much longer than plain averaging a step takes: 0.05 is five percent."""
     return cost(cluster, job, ranks, choice).seconds / cost(cluster, job, ranks).seconds - 1
+
+
+def watching(cluster: Cluster, job: Job, ranks: int) -> float:
+    """How much longer a step takes that is recorded, and averages: a sketch of it is exchanged."""
+    network, k = _Network(cluster, ranks), min(WATCHING, job.parameters)
+    seconds = network.exchange(ranks, 1, 2 * k / ranks).seconds
+    seconds += network.sum(ranks * (ranks + 1) // 2 + ranks).seconds + job.size / cluster.gramian
+    return seconds / cost(cluster, job, ranks).seconds
