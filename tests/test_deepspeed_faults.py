@@ -106,8 +106,9 @@ def test_every_way_to_pass_a_config(tmp_path: Path) -> None:
 
 
 def own_part(engine: Any) -> Tensor:
-    """What this rank holds of the parameters."""
-    return flat(getattr(p, "ds_tensor", p) for p in engine.module.parameters())
+    """What this rank holds of the parameters, as bits: what pads a shard may be NaN."""
+    held = flat(getattr(p, "ds_tensor", p) for p in engine.module.parameters())
+    return held.view(torch.int32)
 
 
 def past_the_seam(stage: int, scope: str, passes: int) -> bool:

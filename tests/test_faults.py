@@ -95,14 +95,15 @@ def fail(gradient: torch.Tensor) -> None:
 
 
 def stored(net: nn.Module) -> list[torch.Tensor]:
-    """What this rank stores of the parameters."""
+    """What this rank stores of the parameters, as bits: what pads a shard may be NaN."""
     found = []
     for unit in net.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
     for p in net.parameters():
         one: Any = getattr(p, "ds_tensor", p)
-        found.append(getattr(one, "to_local", lambda one=one: one)().detach().clone())
+        local = getattr(one, "to_local", lambda one=one: one)().detach()
+        found.append(local.clone().view(torch.uint8))
     return found
 
 
