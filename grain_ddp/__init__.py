@@ -10,23 +10,29 @@ from typing import Any
 
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
+from grain_ddp._core.replay import Replay, replay
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.solver import Solution, min_norm
 from grain_ddp._math.status import Status
+from grain_ddp._math.suspect import FaultyWorker, Suspect
 from grain_ddp.ddp import grain_hook
 from grain_ddp.loop import reduce_gradients
 
 __version__ = "0.1.0"
 __all__ = [
+    "FaultyWorker",
     "GrainState",
+    "Replay",
     "Solution",
     "Status",
     "StepRecord",
+    "Suspect",
     "grain_hook",
     "min_norm",
     "noop_hook",
     "reduce_gradients",
+    "replay",
 ]
 
 # Imported when they are first asked for: some need a package that is optional, and DeepSpeed is

@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.state import GrainState
+from grain_ddp._math.suspect import FaultyWorker
 from grain_ddp._wire.torch_wire import TorchWire, default_group
 
 
@@ -112,7 +114,7 @@ class _Hook:
         # With this option unused buckets, the last one too, do not reach the hook.
         self._skips = any(getattr(m, "skip_all_reduce_unused_params", False) for m in models)
         self._trained = _trained(models[0]) if models else 0  # parameters in all buckets
-        self._ids = {id(p) for model in models for p in model.module.parameters()}
+        self._names = _named(models[0]) if models else {}
         self._seen: set[int] = set()  # those of this pass
         self._check(state, models)
         self._state, self._group = state, group
@@ -160,12 +162,13 @@ class _Hook:
         future: Future[Tensor] = Future()
         if buffer.device.type != "cpu":
             future = Future(devices=[buffer.device])
-        parts = None
-        if aggregation.options.microbatches > 1:  # DDP forms other buckets after a first pass
-            parts = [(id(p), p.numel()) for p in parameters]
+        parts = [(self._names.get(id(p), id(p)), p.numel()) for p in parameters]
         aggregation.push(buffer, lambda: future.set_result(buffer), parts)
         if bucket.is_last() or (bucket.index() == 0 and len(self._seen) == self._trained):
-            aggregation.finish()
+            try:
+                aggregation.finish()
+            except FaultyWorker as error:  # not from in here, or DDP could not go on after it
+                _after_backward(error)
         elif first and self._skips:
             with contextlib.suppress(RuntimeError):  # not in a backward pass: `Join`
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -184,7 +187,7 @@ class _Hook:
                 "still there, which a hook is not told. Leave it at True, or take another "
                 'weighting than "mean", which gives absent ranks no weight.'
             )
-        if id(parameters[0]) in self._ids:
+        if id(parameters[0]) in self._names:
             return
         others = [other for other in _models(self.aggregation.state) if other is not model]
         if others:
@@ -192,16 +195,46 @@ class _Hook:
                 f"grain_ddp: this GrainState serves {self}, and cannot serve {_name(others[0])} "
                 "too. Make a GrainState for each model: its buckets are counted step by step."
             )
-        self._ids = set(map(id, model.module.parameters()))
+        self._names = _named(model)
+
+    def replica(self) -> list[tuple[str, Tensor]]:
+        """The model's parameters and buffers, by name."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return []
+        return [*model.module.named_parameters(), *model.module.named_buffers()]
+
+    def local(self) -> AbstractContextManager[None]:
+        """Backward passes of this rank alone."""
+        model = None if self._model is None else self._model()
+        return contextlib.nullcontext() if model is None else model.no_sync()
 
     def _finish(self) -> None:
         if self.aggregation.pending:
             self.aggregation.finish()
 
 
+def _after_backward(error: Exception) -> None:
+    """Raise it when DDP has completed its pass, for which it queues a callback after this one."""
+
+    def fail() -> None:
+        raise error
+
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    try:
+        queue(lambda: queue(fail))
+    except RuntimeError:  # not in a backward pass: `Join`
+        raise error from None
+
+
 def _name(model: DistributedDataParallel) -> str:
     count = sum(p.numel() for p in model.module.parameters())
     return f"the DDP model {type(model.module).__name__} of {count:,} parameters"
+
+
+def _named(model: DistributedDataParallel) -> dict[int, str]:
+    """The names of the parameters, by their id."""
+    return {id(p): name for name, p in model.module.named_parameters()}
 
 
 def _trained(model: DistributedDataParallel) -> int:

@@ -120,7 +120,7 @@ class _ReduceScatter:
         self.model, self.state = model, state
         self.units = _units(model)
         self.shards, self.replicas = _groups(model, state)
-        self.started = False
+        self.started, self.pushed = False, 0
         self.prepare()
 
     def prepare(self) -> None:
@@ -167,7 +167,10 @@ class _ReduceScatter:
         wire = self.aggregation.wire
         wire.group = group  # of the same ranks; FSDP may have made another for this purpose
         self.aggregation.scale = _scale(op, wire.size)
-        parts = _real(input_tensor).view(wire.size, -1).unbind()
+        whole = _real(input_tensor)
+        parts = whole.view(wire.size, -1).unbind()
+        self.pushed += 1
+        self.aggregation.guard.note([(f"unit {self.pushed} of the backward pass", whole)])
         self.aggregation.push([[part] for part in parts])
         _real(output_tensor).copy_(parts[wire.rank])
 
@@ -188,11 +191,13 @@ class _ReduceScatter:
 
     def finish(self) -> None:
         """Complete the step, if this backward pass reduced anything."""
+        self.pushed = 0
         if self.aggregation.pending:
             self.aggregation.finish()
 
     def drop(self) -> None:
         """Forget a backward pass that broke off."""
+        self.pushed = 0
         self.aggregation.drop()
 
 

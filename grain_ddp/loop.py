@@ -54,7 +54,8 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         named = {id(p): _real(p) for p in trained if p.grad is not None}
         if not named:
             raise ValueError("grain_ddp: no parameter has a gradient on any rank.")
-        names = {id(gradient): name for name, gradient in named.items()}
+        names = {id(p): f"parameter {j} {list(p.shape)}" for j, p in enumerate(trained)}
+        names = {id(gradient): names[key] for key, gradient in named.items()}
         for pack in packs(named.values(), BUCKET_BYTES):
             parts = [(names[id(gradient)], gradient.numel()) for gradient in pack]
             aggregation.push(*flatten(pack), parts)
@@ -83,6 +84,10 @@ class _Loop:
         if self._group is not None and self._group not in dist.distributed_c10d._world.pg_map:
             return True
         return self.sizes != _sizes([]) and not self._known
+
+    def replica(self) -> list[tuple[str, Tensor]]:
+        """The parameters that there are."""
+        return [(f"parameter {j}", p) for j, p in enumerate(self._known.values())]
 
     def knows(self, trained: list[Tensor]) -> bool:
         """Whether these belong to its model: some of them, where others were frozen or added."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, Status, StepRecord, grain_hook
+from grain_ddp import GrainState, Status, StepRecord, Suspect, grain_hook
 from grain_ddp._math.weighting import weigh
 from grain_ddp._tools import gather, history
 from grain_ddp._tools.findings import findings, summary, verdict
@@ -347,3 +347,21 @@ def test_two_runs_side_by_side_have_the_same_axes() -> None:
     axes = [re.findall(r'class="end">([^<]*)<', f) for f in norms]
     assert axes[0] == axes[1]
     assert html.count('class="verdict') == 2
+
+
+def test_a_suspect_comes_first_also_from_records_without_a_gramian() -> None:
+    records = records_of(gradients())
+    bad = [Suspect(k, 2, "node3", "cuda:1 (GPU-4f)", "peak", "head", 20.0, k) for k in (5, 15)]
+    nothing = {"gramian": np.full((4, 4), np.nan), "gap": np.nan}
+    records[5] = dataclasses.replace(records[5], **nothing, suspects=(bad[0],))
+    records[15] = dataclasses.replace(records[15], suspects=(bad[1],))
+    run = run_of(records)
+    first = next(findings(run))
+    assert first.text.startswith(
+        "Rank 2 (cuda:1 (GPU-4f) of node3) is suspect: 2 times, at steps 5 to 15, it has an entry"
+    )
+    assert "most often in head" in first.text
+    assert verdict(run, list(findings(run)))[0] == "bad"
+    assert "NaN or inf" not in words(records)
+    again = run_of([*records, *records[10:12]])  # resumed before the second, which is to come again
+    assert [suspect.step for suspect in again.suspects] == [5]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from harness import run
 from ranks import flat, loss, network
 from torch.nn.parallel import DistributedDataParallel
 
-from grain_ddp import GrainState, Status, StepRecord, grain_hook
+from grain_ddp import GrainState, Status, StepRecord, Suspect, grain_hook
 from grain_ddp.sinks import (
     CURVES,
     jsonl,
@@ -31,6 +32,7 @@ from grain_ddp.sinks import (
     tensorboard,
     wandb,
 )
+from grain_ddp.sinks._schema import line_of, parse
 
 
 def record(step: int = 0, n: int = 3) -> StepRecord:
@@ -427,3 +429,18 @@ def test_parameters_are_bit_equal_with_and_without_sinks(every: int, tmp_path: P
     # Written once, by rank 0.
     assert [r.step for r in read_jsonl(tmp_path / "run.jsonl")] == list(range(0, 6, every))
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == len(range(0, 6, every))
+
+
+def test_suspects_come_back_and_older_logs_have_none(tmp_path: Path) -> None:
+    suspect = Suspect(7, 2, "node3", "cuda:1 (GPU-4f)", "nonfinite", "head.weight", math.inf, 2)
+    line = line_of(dataclasses.replace(record(8), suspects=(suspect,)), "run")
+    found = parse(line, "here")
+    assert found is not None
+    assert found[0].suspects == (suspect,)
+    plain = line_of(record(8), "run")
+    assert "suspects" not in plain
+    parsed = parse(plain, "here")
+    assert parsed is not None
+    assert parsed[0].suspects == ()
+    with pytest.raises(ValueError, match='field "suspects": expected a list of objects'):
+        parse(line.replace('"rank": 2', '"rank": "two"'), "here")

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from grain_ddp._core.agreement import Marks, record_of
+from grain_ddp._core.agreement import AnyWeights, Marks, record_of
 from grain_ddp._core.groups import partition
+from grain_ddp._core.guard import Guard, Numbers
 from grain_ddp._core.options import Kind
 from grain_ddp._core.passes import Parts
 from grain_ddp._core.sketched import Sketched, sketch_size
@@ -20,6 +21,7 @@ from grain_ddp._core.stages import Bucket, Stages
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.transposed import Transposed
 from grain_ddp._math.record import StepRecord
+from grain_ddp._math.weighting import uniform
 from grain_ddp._wire.wire import Wire
 
 
@@ -38,8 +40,11 @@ class Aggregation:
     def __init__(self, state: GrainState, wire: Wire, owner: Owner | None = None) -> None:
         state.bind(owner or self, wire)
         self.state, self.options = state, state.options
+        self.guard = Guard(self.options, wire, owner)
         groups = partition(self.options.groups, wire)
         self._marks = Marks(wire, str(owner or self))
+        rows = range(wire.size * self.options.microbatches)  # with several passes, groups of one
+        self._groups = groups if self.options.microbatches == 1 else [[row] for row in rows]
         k = sketch_size(self.options, wire)
         if k is None:
             self._stages: Stages = Transposed(state, wire, groups, self._marks)
@@ -57,6 +62,7 @@ class Aggregation:
         """Forget what is under way."""
         self._buckets: list[Bucket] = []
         self._stages.drop()
+        self.guard.drop()
 
     def abandon(self) -> None:
         """Let what is under way arrive, then forget it: after a step that broke off elsewhere."""
@@ -87,33 +93,46 @@ class Aggregation:
             bucket = Bucket(buffer, done)
             self._buckets.append(bucket)
             self._marks.push(len(buffer), buffer.dtype)
+            self.guard.push(buffer, parts or [(f"bucket {len(self._buckets)}", len(buffer))])
             if self.options.microbatches > 1:
                 parts = parts or [(len(self._buckets), len(buffer))]
                 bucket.blocks = self._passes.add(buffer, parts, self._stages.message(buffer))
                 if not self._last_pass:
                     buffer.zero_()
                     return
+            if self.options.guard == "drop" and self._stages.kind is Kind.WEIGHTS_PER_BUCKET:
+                bucket.numbers = self.guard.begin(self.state.step)
             self._advance()
 
     def finish(self) -> StepRecord | None:
         """Complete the step: the results are in the buffers. The record, if one is due."""
-        buckets, record = self._buckets, None
+        buckets, found = self._buckets, list[AnyWeights]()
         device = buckets[0].buffer.device
         with self._work(device):
             if self._last_pass:
-                record = self._complete()
+                found = self._complete()
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
         self._buckets = []
         for bucket in buckets:
             if bucket.done is not None:
                 bucket.done()
-        if self._last_pass:
-            self._passes.drop()
-            self.state.advance(record)
-        else:
+        if not self._last_pass:
             self._passes.done += 1
+            self.guard.end_pass()
+            return None
+        self._passes.drop()
+        self.guard.drop()
+        record = self._record(found)
+        self.state.advance(record)
         return record
+
+    def _record(self, found: list[AnyWeights]) -> StepRecord | None:
+        """The record, if one is due, or if a rank is suspect. FaultyWorker if that is an error."""
+        suspects = self.guard.take()
+        if self._stages.kind.has_gramian and (self.options.records(self.state.step) or suspects):
+            return record_of(self.state, found, suspects)
+        return record_of(self.state, [uniform(self.size)], suspects) if suspects else None
 
     @property
     def _last_pass(self) -> bool:
@@ -132,15 +151,29 @@ class Aggregation:
             stages.cross(buckets[-2])
         stages.enter(buckets[-1])
         if len(buckets) > 1 + lag:
-            stages.arrive(buckets[-2 - lag])
+            self._arrive(buckets[-2 - lag])
 
-    def _complete(self) -> StepRecord | None:
-        """Take all buckets to their last stage."""
+    def _arrive(self, bucket: Bucket) -> None:
+        self._judge(bucket.numbers)
+        bucket.numbers = None
+        self._stages.arrive(bucket)
+
+    def _judge(self, numbers: Numbers | None) -> None:
+        """Leave out the groups of suspects, if the options say so."""
+        self.guard.judge(numbers)
+        out = self.guard.left_out
+        self._marks.left_out = [g for g, rows in enumerate(self._groups) if out & set(rows)]
+
+    def _complete(self) -> list[AnyWeights]:
+        """Take all buckets to their last stage. The weights that were found."""
         stages, buckets, kind = self._stages, self._buckets, self._stages.kind
+        numbers = self.guard.begin(self.state.step)
+        self.guard.compare_replicas(self.state.step)
         for bucket in buckets:
             stages.cross(bucket)
         for bucket in buckets:
-            stages.arrive(bucket)
+            self._arrive(bucket)
+        self._judge(numbers)
         # Before any gather, so that the Gramian does not queue behind it.
         if kind.has_gramian and self.options.scope == "global":
             stages.sum(buckets)
@@ -148,9 +181,7 @@ class Aggregation:
             stages.reduce(bucket)
         found = [bucket.sum.weights() for bucket in buckets if bucket.sum is not None]
         stages.complete(buckets)
-        if kind.has_gramian and self.options.records(self.state.step):
-            return record_of(self.state, found)
-        return None
+        return found
 
     @contextmanager
     def _work(self, device: torch.device) -> Iterator[None]:

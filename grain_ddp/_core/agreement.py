@@ -17,6 +17,7 @@ from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import Array, PendingRecord, StepRecord
 from grain_ddp._math.sketch import rescale
+from grain_ddp._math.suspect import Suspect
 from grain_ddp._math.weighting import DeviceWeights, Weights, weigh_tensor
 from grain_ddp._wire.wire import Wire
 
@@ -55,17 +56,20 @@ def weights_of(
     gramian: Tensor,
     shares: Array | None = None,
     error: Tensor | None = None,
+    left_out: Sequence[int] = (),
 ) -> AnyWeights:
-    """The weights that the options give for a Gramian [r, r].
+    """The weights that the options give for a Gramian [r, r]; none to rows that are `left_out`.
 
     `shares` are those of the rows in the plain mean, if they are not alike; `error` is a sketch's.
     """
+    warm = step >= options.warmup_steps  # with `guard="drop"` even a plain mean is weighed
     return weigh_tensor(
         gramian,
-        options.weighting,
+        options.weighting if warm else "mean",
         cap=options.cap,
-        normalize=options.normalize,
+        normalize=options.normalize and warm,
         nonfinite=options.nonfinite,
+        left_out=left_out,
         seed=step,
         shares=shares,
         sketch_error=error,
@@ -100,6 +104,9 @@ class Marks:
     A rank that skipped a step, or whose weights are others, shows at the next Gramian, on every
     rank. (On a GPU that waits for nothing: it shows at the start of a later step, and without the
     weights.) They are made for a model, named in words, when its ranks have met over the wire.
+
+    Attributes:
+        left_out: the groups that get no weight in this step, from now on.
     """
 
     def __init__(self, wire: Wire, model: str) -> None:
@@ -126,6 +133,7 @@ class Marks:
 
     def _start(self, step: int) -> None:
         self._step, self._layout, self._buckets = step, 0, list[str]()
+        self.left_out = list[int]()
 
     def push(self, count: int, dtype: torch.dtype) -> None:
         """Note so many elements of the step."""
@@ -192,6 +200,7 @@ class GramianSum:
     ) -> None:
         self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
         self._grouping, self._square, self._error = grouping, square, error
+        self._left_out = marks.left_out
         self.exact = False  # whether the weights are those of an exact Gramian
         self._found: AnyWeights | None = None
         self._start(total)
@@ -235,27 +244,32 @@ class GramianSum:
         if more:
             gramian, error = rescale(gramian, more[0])
         state, grouping = self._state, self._grouping
+        gramian = grouping.gramian(gramian)
         weights = weights_of(
-            state.options, state.step, grouping.gramian(gramian), grouping.shares, error
+            state.options, state.step, gramian, grouping.shares, error, self._left_out
         )
         self._marks.weigh(weights)
         return weights
 
 
-def record_of(state: GrainState, buckets: Sequence[AnyWeights]) -> StepRecord:
+def record_of(
+    state: GrainState, buckets: Sequence[AnyWeights], suspects: tuple[Suspect, ...] = ()
+) -> StepRecord:
     """The record of a step with these weights, one for each bucket."""
     step, single = state.step, state.options.scope == "global"
     if single:
         buckets = buckets[:1]
     if any(isinstance(weights, DeviceWeights) for weights in buckets):
-        return PendingRecord(step, lambda: _record_of(step, single, buckets))
-    return _record_of(step, single, buckets)
+        return PendingRecord(step, lambda: _record_of(step, single, buckets, suspects))
+    return _record_of(step, single, buckets, suspects)
 
 
-def _record_of(step: int, single: bool, found: Sequence[AnyWeights]) -> StepRecord:
+def _record_of(
+    step: int, single: bool, found: Sequence[AnyWeights], suspects: tuple[Suspect, ...]
+) -> StepRecord:
     buckets = [w.read() if isinstance(w, DeviceWeights) else w for w in found]
     if single:
-        return StepRecord(step, **vars(buckets[0]))
+        return StepRecord(step, **vars(buckets[0]), suspects=suspects)
     errors = [w.sketch_error for w in buckets if w.sketch_error is not None]
     return StepRecord(
         step,
@@ -266,4 +280,5 @@ def _record_of(step: int, single: bool, found: Sequence[AnyWeights]) -> StepReco
         tuple(w.active for w in buckets),
         tuple(w.dropped for w in buckets),
         max(errors, default=None),
+        suspects,
     )

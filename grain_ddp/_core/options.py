@@ -58,6 +58,8 @@ class Options:
     wire_dtype: torch.dtype | None = None
     warmup_steps: int = 0
     nonfinite: str = "propagate"
+    guard: str | None = None
+    check_replicas: int = 0
     record_every: int = 1
     on_step: Callable[[StepRecord], object] | None = None
 
@@ -105,9 +107,10 @@ class Options:
 
     def kind(self, step: int) -> Kind:
         """What the step of that number does."""
-        if step < self.warmup_steps:
+        leaves_out = self.guard == "drop"
+        if step < self.warmup_steps and not leaves_out:
             return Kind.PLAIN_MEAN
-        if self.watches:
+        if self.watches and not leaves_out:
             return Kind.RECORDED_MEAN if self.records(step) else Kind.PLAIN_MEAN
         per_step = self.scope == "global"
         return Kind.WEIGHTS_PER_STEP if per_step else Kind.WEIGHTS_PER_BUCKET
@@ -173,6 +176,8 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "warmup_steps": (_whole(0), "an int >= 0"),
     "nonfinite": (_one_of("propagate", "drop"), "'propagate' or 'drop'"),
+    "guard": (_one_of(None, "warn", "drop", "raise"), "None, 'warn', 'drop' or 'raise'"),
+    "check_replicas": (_whole(0), "an int >= 0"),
     "record_every": (_whole(1), "an int >= 1"),
     "on_step": (lambda v: v is None or callable(v), "None or a function that takes a StepRecord"),
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
 from grain_ddp._core.columns import Columns
 from grain_ddp._core.groups import Grouping, partition
+from grain_ddp._core.guard import Guard, Numbers
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
@@ -27,6 +28,7 @@ from grain_ddp._core.views import Views, length, part, read, write
 from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.sketch import Sketch
+from grain_ddp._math.weighting import uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -111,6 +113,7 @@ class ShardedAggregation:
         self._grouping, self._marks = Grouping(groups), Marks(wire, str(owner or self))
         self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))
+        self._groups, self.guard = groups, Guard(options, wire, owner)
         self.drop()
 
     def __str__(self) -> str:
@@ -125,6 +128,7 @@ class ShardedAggregation:
         self._scratch = Scratch()
         if self._sketches is not None:
             self._sketches.drop()
+        self.guard.drop()
 
     @property
     def pending(self) -> bool:
@@ -134,12 +138,15 @@ class ShardedAggregation:
     def push(self, owned: Sequence[Views]) -> None:
         """Aggregate ``owned[j]``, flat views of this rank's gradient that belong to rank j.
 
-        All are of one dtype.
+        All are of one dtype. What they consist of, by name, goes to ``guard.note`` before.
         """
         try:
             if self._kind is None:
                 self._kind = self.options.kind(self.state.step)
                 self._marks.begin(self.state.step)
+            numbers = None
+            if self.options.guard == "drop" and self.options.scope == "bucket":
+                numbers = self.guard.begin(self.state.step)
             bucket = _Bucket(owned)
             self._buckets.append(bucket)
             for views in owned:
@@ -148,6 +155,7 @@ class ShardedAggregation:
                 self._receive(bucket, self._kind.has_gramian)
             elif self._kind.has_gramian:
                 self._add(bucket, self._sketches)
+            self._judge(numbers)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -157,17 +165,30 @@ class ShardedAggregation:
     def finish(self) -> StepRecord | None:
         """Complete the step. Returns its record, if one is due."""
         try:
+            self.guard.compare_replicas(self.state.step)
+            self._judge(self.guard.begin(self.state.step))
             if self._buckets:
                 self._weigh()
             found, kind, record = self._found, self._kind, None
-            if kind is not None and kind.has_gramian and self.options.records(self.state.step):
-                record = record_of(self.state, found)
             self._kind, self._found = None, []
+            self.guard.drop()
+            suspects = self.guard.take()
+            weighed = kind is not None and kind.has_gramian
+            if weighed and (self.options.records(self.state.step) or suspects):
+                record = record_of(self.state, found, suspects)
+            elif suspects:
+                record = record_of(self.state, [uniform(len(self._groups))], suspects)
         except BaseException:
             self.drop()
             raise
         self.state.advance(record)
         return record
+
+    def _judge(self, numbers: Numbers | None) -> None:
+        """Leave out the groups of suspects, if the options say so."""
+        self.guard.judge(numbers)
+        out = self.guard.left_out
+        self._marks.left_out = [g for g, ranks in enumerate(self._groups) if out & set(ranks)]
 
     def _add(self, bucket: _Bucket, sketches: Sketches) -> None:
         """Add the gradient to the sketch."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grain_ddp._core.agreement import GramianSum, Marks
 from grain_ddp._core.columns import Columns
+from grain_ddp._core.guard import Numbers
 from grain_ddp._core.options import Kind
 from grain_ddp._core.passes import Passes
 from grain_ddp._core.state import GrainState
@@ -32,6 +33,7 @@ class Bucket:
         self.columns: list[Columns] = []  # exchanged between the groups
         self.exchange: Exchange | None = None  # of its sketch; of the step's in the last one
         self.crossed = self.arrived = self.weighed = self.reduced = False
+        self.numbers: Numbers | None = None  # by which its ranks are judged
         self.gramian: Tensor | None = None
         self.sum: GramianSum | None = None  # of its Gramian; or the step's
         self.transfer = Transfer()  # of the whole buffer, where the backend averages it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from grain_ddp._core.options import NAMES, Options
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.weighting import Weighting
 from grain_ddp._wire.wire import Wire
+
+in_use: WeakSet[GrainState] = WeakSet()
+"""The states that serve, or served, an owner."""
 
 
 class Owner(Protocol):
@@ -58,6 +62,12 @@ class GrainState:
             None: the gradient's own dtype. Sums are accumulated in fp32 or better.
         warmup_steps: plain averaging for that many first steps.
         nonfinite: "propagate" a NaN or inf to every rank alike, or "drop" its group.
+        guard: what happens when one rank's gradient stands out from the others' and from the past:
+            "warn", in ``last.suspects`` and the log; "drop", also weight 0 in that step for its
+            group; "raise", a `FaultyWorker` on every rank before a parameter changes. None: nobody
+            looks. See the page "Faulty workers" of the documentation.
+        check_replicas: every that many steps the ranks compare checksums of the model, and one that
+            differs is a suspect. 0: never.
         record_every: a `StepRecord` every that many steps.
         on_step: called with the `StepRecord` of each recorded step, on every rank, when the step's
             gradients are complete. `grain_ddp.sinks` has some to write files and logs.
@@ -91,6 +101,8 @@ class GrainState:
         wire_dtype: torch.dtype | None = None,
         warmup_steps: int = 0,
         nonfinite: str = "propagate",
+        guard: str | None = None,
+        check_replicas: int = 0,
         record_every: int = 1,
         on_step: Callable[[StepRecord], object] | None = None,
     ) -> None:
@@ -105,6 +117,8 @@ class GrainState:
             wire_dtype=wire_dtype,
             warmup_steps=warmup_steps,
             nonfinite=nonfinite,
+            guard=guard,
+            check_replicas=check_replicas,
             record_every=record_every,
             on_step=on_step,
         )
@@ -170,6 +184,7 @@ class GrainState:
             {"the owner of the state": str(owner), **self.options.agreed(), "step": self.step}
         )
         vars(self)["_owner"] = owner
+        in_use.add(self)
 
     # Steps.
 

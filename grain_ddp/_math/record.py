@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grain_ddp._math.status import Status
+from grain_ddp._math.suspect import Suspect
 
 Array = NDArray[np.float64]
 
@@ -33,11 +34,12 @@ class StepRecord:
         status: [b] how the weights were found, and how well; ``str(status)`` explains it.
         active: [b] indices of the groups that were counted, in order.
         dropped: [b] indices of the groups left out because their gradient was not finite
-            (``nonfinite="drop"``). A group that is neither active nor dropped was absent: its
-            gradient was exactly zero.
+            (``nonfinite="drop"``) or a rank of theirs was suspect (``guard="drop"``). A group that
+            is neither active nor dropped was absent: its gradient was exactly zero.
         sketch_error: of a Gramian from a `sketch`, the root mean square of the relative errors that
             the squared norms had in it, in the worst bucket; they were put right, but the inner
             products, in units of ‖gᵢ‖‖gⱼ‖, are about as wrong. None: the Gramian is exact.
+        suspects: ranks that stood out since the record before (`guard`, `check_replicas`).
     """
 
     step: int
@@ -48,6 +50,7 @@ class StepRecord:
     active: tuple[int, ...] | tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
     sketch_error: float | None = field(default_factory=lambda: None)  # not of the class
+    suspects: tuple[Suspect, ...] = field(default_factory=tuple)
 
     @cached_property
     def _total(self) -> tuple[Array, Array, float]:

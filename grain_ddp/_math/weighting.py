@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -178,6 +178,7 @@ def weigh(
     cap: float | None = None,
     normalize: bool = False,
     nonfinite: str = "propagate",
+    left_out: Sequence[int] = (),
     seed: int = 0,
     shares: Array | None = None,
 ) -> Weights:
@@ -186,7 +187,8 @@ def weigh(
     A group whose gradient is zero is absent: it gets weight 0 (except from "mean", which divides by
     n whatever the gradients are, as plain averaging does). With ``nonfinite="drop"`` so does one
     whose gradient is not finite. Otherwise, or if no group is finite, all weights are 1/n, so that
-    the NaN or inf comes out as it would from averaging.
+    the NaN or inf comes out as it would from averaging. Groups that are `left_out` get weight 0 in
+    any case.
 
     "mean" weighs groups by their `shares` [n] of what they are means of; None: all alike.
 
@@ -207,7 +209,7 @@ def weigh(
             return shares[active] / shares[active].sum(), Status.MEAN
         return RULES[weighting](inner, cap)
 
-    return _weigh(gramian, weighting, nonfinite, rule)
+    return _weigh(gramian, weighting, nonfinite, rule, left_out)
 
 
 def weigh_tensor(
@@ -217,6 +219,7 @@ def weigh_tensor(
     cap: float | None = None,
     normalize: bool = False,
     nonfinite: str = "propagate",
+    left_out: Sequence[int] = (),
     seed: int = 0,
     shares: Array | None = None,
     sketch_error: Tensor | None = None,
@@ -227,7 +230,8 @@ def weigh_tensor(
     wait. Else the Gramian is copied to the CPU, and the host waits for it.
     """
     shares = None if weighting != "mean" else shares
-    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize and shares is None:
+    alike = shares is None and not left_out
+    if has_kernels(gramian) and weighting in ON_DEVICE and not normalize and alike:
         from grain_ddp._math.kernel_solver import LARGEST
 
         if len(gramian) <= LARGEST:
@@ -239,6 +243,7 @@ def weigh_tensor(
         cap=cap,
         normalize=normalize,
         nonfinite=nonfinite,
+        left_out=left_out,
         seed=seed,
         shares=shares,
     )
@@ -271,17 +276,21 @@ def _weigh(
     weighting: Weighting,
     nonfinite: str,
     rule: Callable[[Array, Indices], tuple[Array, Status]],
+    left_out: Sequence[int] = (),
 ) -> Weights:
     """By a rule that sees the Gramian of the groups that count, and which they are."""
     n = len(gramian)
     squares = np.diagonal(gramian)
     finite = np.isfinite(squares)
-    dropped: tuple[int, ...] = ()
-    if not finite.all():
-        if nonfinite != "drop" or not finite.any():
+    wanted = np.ones(n, dtype=bool)
+    wanted[list(left_out)] = False
+    dropped = tuple(left_out)
+    if not finite[wanted].all():
+        if nonfinite != "drop" or not finite[wanted].any():
             every = tuple(range(n))
             return Weights(gramian, np.full(n, 1 / n), Status.NOT_FINITE, every, (), float("nan"))
-        dropped = tuple(np.flatnonzero(~finite).tolist())
+        dropped = tuple(np.flatnonzero(~(finite & wanted)).tolist())
+    finite &= wanted
     counted = finite if weighting == "mean" else finite & (squares > 0)
     active = np.flatnonzero(counted)
     weights = np.zeros(n)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from grain_ddp._math.record import Array
+from grain_ddp._math.suspect import WHAT
 from grain_ddp._tools.history import FEWEST, ORDINARY, SOLVED, Run, parts_of, standing_out
 
 BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
@@ -75,6 +76,7 @@ def summary(run: Run, batch: int | None = None) -> str:
 
 def findings(run: Run, batch: int | None = None) -> Iterator[Finding]:
     """What a person should notice, the most urgent first."""
+    yield from _suspects(run)
     yield from _broken(run)
     if not len(run.steps):
         return
@@ -96,6 +98,30 @@ def findings(run: Run, batch: int | None = None) -> Iterator[Finding]:
     yield from _conflicts(run)
     yield from _grain(run)
     yield from _noise(run, batch)
+
+
+def _suspects(run: Run) -> Iterator[Finding]:
+    """The ranks that the guard named, the most often named first."""
+    for rank, times in Counter(suspect.rank for suspect in run.suspects).most_common():
+        found = [suspect for suspect in run.suspects if suspect.rank == rank]
+        kinds = [f"{WHAT.get(k, k)} ({many} x)" for k, many in _counted(s.kind for s in found)]
+        places = [place for place, _ in _counted(f"{s.device} of {s.host}" for s in found)]
+        tensors = [name for name, _ in _counted(s.tensor for s in found if s.tensor)]
+        shown = f", most often in {tensors[0]}" if tensors else ""
+        first, last = found[0].step, found[-1].step
+        steps = f"step {first}" if times == 1 else f"steps {first} to {last}"
+        yield Finding(
+            "records",
+            f"Rank {rank} ({', '.join(places)}) is suspect: {count(times, 'time')}, at {steps}, it "
+            f"{'; it '.join(kinds)}{shown}. Look at its data of these steps, and run "
+            "grain_ddp.replay or the vendor's diagnosis on its machine.",
+            BAD,
+            f"Rank {rank} is suspect",
+        )
+
+
+def _counted(values: Iterable[Any]) -> list[tuple[Any, int]]:
+    return Counter(values).most_common()
 
 
 def _broken(run: Run) -> Iterator[Finding]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from grain_ddp._math.record import Array, StepRecord, named
+from grain_ddp._math.status import Status
+from grain_ddp._math.suspect import Suspect
 from grain_ddp._tools.history import FEWEST, Kind, Run
 
 HELD = 2**25
@@ -22,6 +24,7 @@ class Gathering:
     """
 
     def __init__(self) -> None:
+        self._suspects: list[Suspect] = []
         self.left_out = 0  # of an earlier part of the run, with another number of groups
         self._start(0)
 
@@ -39,6 +42,8 @@ class Gathering:
             self._start(gramians.shape[-1])
         while self._kinds and self._kinds[-1][0] >= record.step:
             self._kinds.pop()
+        while self._suspects and self._suspects[-1].step >= record.step:
+            self._suspects.pop()
         while self._count and self._rows[self._count - 1, 0] >= record.step:
             self._count -= 1
         with np.errstate(all="ignore"):
@@ -50,7 +55,10 @@ class Gathering:
             finite = bool(np.isfinite(whole.sum()))
         status = record.status
         statuses = frozenset([status] if isinstance(status, str) else status)
-        kind = Kind(statuses, frozenset(named(record.dropped)), finite)
+        # Between the steps of a watched run whose Gramian is recorded, one may have a suspect.
+        only = record.suspects and statuses == {Status.MEAN} and np.isnan(gramians).all()
+        kind = Kind(statuses, frozenset(named(record.dropped)), finite, not only)
+        self._suspects += record.suspects
         self._kinds.append((record.step, self._known.setdefault(kind, kind)))
         if finite and len(self._kinds) % self._every == 0:
             weights = record.weights if gramians.ndim == 2 else record.weights.mean(0)
@@ -94,6 +102,7 @@ class Gathering:
             weights=weights,
             products=products,
             triangles=triangles,
+            suspects=tuple(self._suspects),
         )
 
 

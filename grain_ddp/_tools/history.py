@@ -13,6 +13,7 @@ import numpy as np
 
 from grain_ddp._math.record import Array
 from grain_ddp._math.status import Status
+from grain_ddp._math.suspect import Suspect
 from grain_ddp._math.weighting import weigh
 
 # A group stands out if its mean over the run differs from the groups' median by this many robust
@@ -46,6 +47,7 @@ class Kind(NamedTuple):
     statuses: frozenset[str]
     dropped: frozenset[int]
     finite: bool
+    measured: bool = True  # or only there for a suspect
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,11 @@ class Run:
     weights: Array  # [T, n], the mean over the buckets
     products: Array  # [T, n], of the step that was taken with each group's gradient
     triangles: Array  # [T, n(n+1)/2], upper halves of the Gramians, row by row
+    suspects: tuple[Suspect, ...] = ()
 
     @property
     def records(self) -> int:
-        return self.kinds.total()
+        return sum(count for kind, count in self.kinds.items() if kind.measured)
 
     @property
     def finite(self) -> int:

@@ -232,6 +232,20 @@ class Wire(ABC):
         rows[whole.rank] = values
         return whole.exchange([values] * whole.size, list(rows), what), rows
 
+    def share(self, values: Tensor, what: object) -> tuple[Transfer, Tensor]:
+        """Start giving ``values`` [m] to every rank: a transfer, and what it fills: ``[n, m]``.
+
+        Row j is rank j's, the same on every rank, bit by bit.
+        """
+        whole = self.whole
+        if whole.size > _GATHER_LIMIT:  # fewer messages
+            rows = values.new_zeros(whole.size, len(values))
+            rows[whole.rank] = values
+            return whole.all_reduce(rows, what), rows
+        rows = values.new_empty(whole.size, len(values))
+        rows[whole.rank] = values
+        return whole.exchange([values] * whole.size, list(rows), what), rows
+
     def same(
         self, value: str, device: torch.device | None = None, what: object = "a comparison"
     ) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor, nn
+
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.state import GrainState
@@ -33,6 +35,12 @@ class Owner(ABC, Generic[A]):
     @abstractmethod
     def bind(self) -> A:
         """Agree with the other ranks on the state's options."""
+
+    def replica(self) -> list[tuple[str, Tensor]]:
+        """What every rank holds the same of, by name: at stage 3 no parameter is whole."""
+        module: nn.Module = self.engine.module
+        whole: bool = self.engine.zero_optimization_stage() < 3
+        return [*(module.named_parameters() if whole else ()), *module.named_buffers()]
 
     @property
     def aggregation(self) -> A:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Replicated(Owner[Aggregation]):
         if self.as_left(grads) == self.left and not self.engine._running_engine_backward:
             return  # by hand, when there is nothing to do any more
         self.state.step = self.engine.global_steps
+        own = {p.grad.data_ptr(): name for name, p in self.parameters() if p.grad is not None}
+        names = {id(g): own.get(g.data_ptr(), f"gradient {j}") for j, g in enumerate(grads)}
         for dtype in dict.fromkeys(g.dtype for g in grads):
             some = [g for g in grads if g.dtype == dtype]
             limit = elements_per_buffer * dtype.itemsize
@@ -56,7 +58,8 @@ class Replicated(Owner[Aggregation]):
                 some.sort(key=lambda g: g.nbytes < limit)
             for pack in packs(some, limit):
                 flat, copy_back = flatten(pack)
-                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back))
+                parts = [(names[id(g)], g.numel()) for g in pack]
+                self.aggregation.push(flat, functools.partial(self._done, flat, copy_back), parts)
         self.aggregation.finish()
         self.left = self.as_left(grads)
 
@@ -65,6 +68,10 @@ class Replicated(Owner[Aggregation]):
         # Those of the parameters, if there are any: what DeepSpeed gives are new views of them.
         own = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return [self.engine.micro_steps, *((id(g), g._version) for g in own or grads)]
+
+    def parameters(self) -> Iterable[tuple[str, Tensor]]:
+        every: Iterable[tuple[str, Tensor]] = self.engine.module.named_parameters()
+        return every
 
     def after_a_pass(self, *arguments: Any, **options: Any) -> None:
         """What DeepSpeed calls after each backward pass; only after the last it reduces itself."""

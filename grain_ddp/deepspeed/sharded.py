@@ -72,7 +72,7 @@ class Sharded(Owner[ShardedAggregation]):
             self.meet(names)
         owned = self.owned(gradients)
         if not self.holds:
-            self.push(owned)
+            self.push(owned, gradients)
         return owned
 
     def end_of_pass(self) -> None:
@@ -122,7 +122,8 @@ class Sharded(Owner[ShardedAggregation]):
         held = [one for one, there in zip(held, present, strict=True) if there]
         for dtype in dict.fromkeys(self.gradient(p).dtype for _, p in held):
             some = [(i, p) for i, p in held if self.gradient(p).dtype == dtype]
-            self.push(self.owned([(i, p, _flat(self.gradient(p))) for i, p in some]))
+            flat = [(i, p, _flat(self.gradient(p))) for i, p in some]
+            self.push(self.owned(flat), flat)
         if self.aggregation.pending:
             self.aggregation.finish()
         self.arrived.clear()
@@ -130,10 +131,12 @@ class Sharded(Owner[ShardedAggregation]):
             self.arrived.add(self.names[id(p)])
             self.replay(i, p)
 
-    def push(self, owned: list[list[Tensor]]) -> None:
+    def push(self, owned: list[list[Tensor]], gradients: Sequence[Owned]) -> None:
         """Aggregate, now or with all of the step, what belongs to each rank, in place."""
         self.state.step = self.engine.global_steps
         with torch.no_grad():
+            named = [(self.names[id(p)], gradient) for _, p, gradient in gradients]
+            self.aggregation.guard.note(named)
             self.aggregation.push(owned)
 
     def meet(self, names: list[str], missed: Sequence[str] = ()) -> None:

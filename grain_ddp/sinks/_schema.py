@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
 from typing import Any, NoReturn
 
 import numpy as np
 
 from grain_ddp._math.record import Array, StepRecord
 from grain_ddp._math.status import Status
+from grain_ddp._math.suspect import Suspect
 
-FIELDS = {field.name: field.default for field in fields(StepRecord)}
+FIELDS = {
+    field.name: MISSING if field.default_factory is MISSING else field.default_factory()
+    for field in fields(StepRecord)
+}
 """Of a record, with their defaults: a log may lack a field that has one."""
 
 _NAMED = {"nan", "inf", "-inf"}  # JSON has no NaN and no infinity
@@ -21,6 +26,9 @@ _NAMED = {"nan", "inf", "-inf"}  # JSON has no NaN and no infinity
 def line_of(record: StepRecord, run: str) -> str:
     """One line, with the name of the run that writes it."""
     values = {name: _plain(getattr(record, name)) for name in FIELDS}
+    values["suspects"] = [asdict(suspect) for suspect in record.suspects]
+    if not record.suspects:
+        del values["suspects"]
     values = {"step": values.pop("step"), "run": run, **values}
     try:
         return json.dumps(values, allow_nan=False) + "\n"
@@ -109,6 +117,36 @@ def _record(values: dict[str, Any], where: str) -> StepRecord:
         status=_status(each("status", "words", lambda value: isinstance(value, str))),
         active=each("active", f"a list of groups from 0 to {n - 1}", groups),
         dropped=each("dropped", f"a list of groups from 0 to {n - 1}", groups),
+        suspects=_suspects(values.get("suspects", FIELDS["suspects"]), where),
+    )
+
+
+_SUSPECT: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: _whole(value, 2**53),
+    "rank": lambda value: _whole(value, 2**31),
+    "host": lambda value: isinstance(value, str),
+    "device": lambda value: isinstance(value, str),
+    "kind": lambda value: isinstance(value, str),
+    "tensor": lambda value: value is None or isinstance(value, str),
+    "score": lambda value: (
+        (isinstance(value, (int, float)) and not isinstance(value, bool))
+        or (isinstance(value, str) and value in _NAMED)
+    ),
+    "strikes": lambda value: _whole(value, 2**53),
+}
+"""The fields of a suspect, and what each holds."""
+
+
+def _suspects(found: Any, where: str) -> tuple[Suspect, ...]:
+    whole = isinstance(found, (list, tuple)) and all(
+        isinstance(one, dict) and all(holds(one.get(name)) for name, holds in _SUSPECT.items())
+        for one in found
+    )
+    if not whole:
+        _fail(where, "suspects", f"a list of objects with {', '.join(_SUSPECT)}", found)
+    return tuple(
+        Suspect(**{**{name: one[name] for name in _SUSPECT}, "score": float(one["score"])})
+        for one in found
     )
 
 

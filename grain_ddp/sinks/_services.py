@@ -103,6 +103,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
 
     With `CURVES` groups or fewer also the weight, the norm and the cosine to the sum of the others
     of each one. With ``scope="bucket"`` a weight is the mean over the buckets, a gap their sum.
+    ``suspects`` is how many there are, where there are any.
     The sinks add ``noise_scale_smooth``: the ratio of moving averages of what `noise_scale` divides
     (McCandlish et al. 2018, appendix A.1), since that of a single step is mostly chance.
     """
@@ -119,6 +120,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
             "weight_max": weights.max(),
             "weight_min": weights.min(),
         }
+        if record.suspects:
+            values["suspects"] = len(record.suspects)
         if n <= CURVES:
             each = {"weight": weights, "norm": record.norms, "cosine": record.cosine_to_others}
             for name, found in each.items():
