@@ -27,8 +27,9 @@ from grain_ddp._core.passes import Passes
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.stages import Bucket, Stages
 from grain_ddp._core.state import GrainState
+from grain_ddp._core.views import cut
 from grain_ddp._math.gramian import weigh_
-from grain_ddp._wire.wire import Transfer, Wire, cut
+from grain_ddp._wire.wire import Transfer, Wire
 
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""

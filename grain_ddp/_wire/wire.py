@@ -9,7 +9,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from typing import Any
 
 import torch
@@ -75,22 +75,6 @@ class Transfer:
             except (RuntimeError, OSError) as error:
                 assert self._wire is not None
                 raise self._wire.lost(error, rank, self._what) from error
-
-
-def cut(length: int, n: int, message: int) -> list[list[slice]]:
-    """Where the slices of n ranks lie in a bucket of that length, in pieces.
-
-    ``cut(...)[k][j]`` is piece k of rank j's slice, at most `message` elements long. The slices are
-    equally long; what is left over, fewer than n elements, is in the last rank's last piece too.
-    """
-    columns = length // n
-    count = max(-(-columns // message), 1)
-    bounds = [columns * k // count for k in range(count + 1)]
-    pieces = [
-        [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
-    ]
-    pieces[-1][-1] = slice(pieces[-1][-1].start, length)
-    return pieces
 
 
 @dataclass
