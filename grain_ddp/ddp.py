@@ -117,7 +117,8 @@ class _Hook:
         self._names = _named(models[0]) if models else {}
         self._seen: set[int] = set()  # those of this pass
         self._check(state, models)
-        self.aggregation = Aggregation(state, TorchWire(group), self)
+        self._state, self._group = state, group
+        self.aggregation = self._meet()
 
     def __str__(self) -> str:
         return self._called
@@ -142,12 +143,18 @@ class _Hook:
                 "those parameters past every hook. Leave the argument out."
             )
 
+    def _meet(self) -> Aggregation:
+        return Aggregation(self._state, TorchWire(self._group), self)
+
     def add(self, bucket: GradBucket) -> Future[Tensor]:
         aggregation, buffer = self.aggregation, bucket.buffer().detach()
         parameters = bucket.parameters()
         found = set(map(id, parameters))
         if aggregation.pending and not self._seen.isdisjoint(found):
-            aggregation.abandon()  # the last backward pass was broken off by an exception
+            # The last backward pass was broken off by an exception. On all ranks? They meet anew.
+            aggregation.abandon()
+            aggregation.wire.whole.close()
+            self.aggregation = aggregation = self._meet()
         first = not aggregation.pending
         self._seen = found if first else self._seen | found
         if first:

@@ -128,9 +128,10 @@ class _ReduceScatter:
         _check_options(self.state)
         wire = TorchWire(self.shards)
         if self.replicas is not None:  # first, and of all shards, so that every rank raises
-            every = wire.gather_objects(self.state.options.agreed())
+            mine = {**self.state.options.agreed(), "step": self.state.step}
+            every = wire.gather_objects(mine, "the options of the shards")
             names = {f"{name} (of each shard)": [v[name] for v in every] for name in every[0]}
-            TorchWire(self.replicas).agree(names)
+            TorchWire(self.replicas).agree(names, "the options of the replicas")
         self.aggregation = ShardedAggregation(self.state, wire, self)
 
     gone = False
@@ -166,11 +167,12 @@ class _ReduceScatter:
         wire = self.aggregation.wire
         wire.group = group  # of the same ranks; FSDP may have made another for this purpose
         self.aggregation.scale = _scale(op, wire.size)
-        parts = input_tensor.view(wire.size, len(output_tensor)).unbind()
+        whole = _real(input_tensor)
+        parts = whole.view(wire.size, -1).unbind()
         self.pushed += 1
-        self.aggregation.guard.note([(f"unit {self.pushed} of the backward pass", input_tensor)])
+        self.aggregation.guard.note([(f"unit {self.pushed} of the backward pass", whole)])
         self.aggregation.push([[part] for part in parts])
-        output_tensor.copy_(parts[wire.rank])
+        _real(output_tensor).copy_(parts[wire.rank])
 
     def _start(self) -> None:
         """In the first backward pass, when the model is as it stays."""
@@ -197,6 +199,11 @@ class _ReduceScatter:
         """Forget a backward pass that broke off."""
         self.pushed = 0
         self.aggregation.drop()
+
+
+def _real(flat: Tensor) -> Tensor:
+    """The same memory; complex numbers as pairs of real ones, whose products are Re aᴴb."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 def _check_options(state: GrainState) -> None:

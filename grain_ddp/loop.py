@@ -49,6 +49,7 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
         )
     aggregation = loop.aggregation
     with torch.no_grad():
+        aggregation.wire.come_to(loop.number, f"{loop}{loop.sizes}")
         _fill_missing(trained, aggregation.wire, state.step)
         named = {id(p): _real(p) for p in trained if p.grad is not None}
         if not named:
@@ -72,6 +73,7 @@ class _Loop:
         self._known = WeakValueDictionary({id(p): p for p in trained})
         self.sizes = _sizes(trained)
         self.aggregation = Aggregation(state, TorchWire(group), self)
+        self.number = self.aggregation.wire.number
 
     def __str__(self) -> str:
         return "reduce_gradients"
@@ -125,13 +127,14 @@ def _fill_missing(trained: list[Tensor], wire: Wire, step: int) -> None:
     sparse = [j for j, found in enumerate(layouts) if found not in (None, torch.strided)]
     # Seldom does anything differ: one number tells.
     device = trained[0].device if trained else torch.device("cpu")
-    if wire.same(repr((step, layout, present, sparse)), device):
+    if wire.same(repr((step, layout, present, sparse)), device, "the comparison of gradients"):
         every = present
     else:
-        wire.agree({"the number of the step": step})
-        wire.agree({f"parameter {j} (shape and dtype)": one for j, one in enumerate(layout)})
-        every = [any(ranks) for ranks in zip(*wire.gather_objects(present), strict=True)]
-        sparse = sorted({j for ranks in wire.gather_objects(sparse) for j in ranks})
+        named = {f"parameter {j} (shape and dtype)": one for j, one in enumerate(layout)}
+        wire.agree({"the number of the step": step, **named}, "the comparison of parameters")
+        found = wire.gather_objects((present, sparse), "the comparison of gradients, one by one")
+        every = [any(ranks) for ranks in zip(*(there for there, _ in found), strict=True)]
+        sparse = sorted({j for _, theirs in found for j in theirs})
     if sparse:
         raise ValueError(
             f"grain_ddp: expected dense gradients, but parameters {sparse} have sparse ones "

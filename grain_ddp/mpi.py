@@ -69,7 +69,7 @@ def reduce_gradient(
             f"least one element, but found {arrays} on rank {wire.rank}. "
             "numpy.ascontiguousarray(array, dtype) makes one."
         )
-    if use not in ("new", "in use"):
+    if not use.startswith(("new", "in use")):
         raise ValueError(f"grain_ddp: this GrainState {use} (seen on rank {wire.rank}).")
     owner = state.owner
     if owner is None:
@@ -109,7 +109,7 @@ def _use(state: GrainState, wire: MpiWire) -> str:
     if state.owner is None:
         return "new"
     if isinstance(state.owner, _Owner) and state.owner.aggregation.wire.whole is wire:
-        return "in use"
+        return f"in use, number {state.owner.number}"
     return f"serves another communicator or model ({state.owner}): make one for each"
 
 
@@ -120,6 +120,7 @@ class _Owner:
 
     def __init__(self, state: GrainState, wire: MpiWire) -> None:
         self.aggregation = Aggregation(state, wire, self)
+        self.number = wire.number
 
     def __str__(self) -> str:
         return "reduce_gradient"

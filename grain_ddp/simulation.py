@@ -12,9 +12,9 @@ from grain_ddp._core.agreement import record_of, weights_of
 from grain_ddp._core.narrow import decode, encoded
 from grain_ddp._core.options import Options
 from grain_ddp._core.state import GrainState
+from grain_ddp._core.views import cut
 from grain_ddp._math.gramian import gramian, weighted_sum
 from grain_ddp._math.record import StepRecord
-from grain_ddp._wire.wire import cut
 
 
 def simulate(

@@ -19,10 +19,10 @@ import grain_ddp._core.transposed as transposed
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.state import GrainState
+from grain_ddp._core.views import cut
 from grain_ddp._math.record import StepRecord
 from grain_ddp._wire import thread_wire
 from grain_ddp._wire.torch_wire import TorchWire
-from grain_ddp._wire.wire import cut
 from grain_ddp.simulation import simulate
 
 LENGTHS = [1, 2, 7, 1000, 100_003]  # elements of the buckets; the largest takes several messages

@@ -412,6 +412,36 @@ def test_resuming_gives_the_same_trajectory(stage: int, tmp_path: Path) -> None:
     assert max(run(2, saved_and_resumed, stage, str(tmp_path))) == 0
 
 
+def saved_by_some(folder: str, again: bool) -> Any:
+    """At stage 0, and at 2, whose parts DeepSpeed itself fits to another number of ranks or not."""
+    found: list[Any] = []
+    for stage in (0, 2):
+        engine = engine_for(config(stage, {}))
+        path = f"{folder}/{stage}"
+        if not again:
+            train(engine, 2)
+            engine.save_checkpoint(path)
+            found.append(parameters(engine))
+            continue
+        try:
+            engine.load_checkpoint(path)
+        except Exception as error:
+            found.append(str(error))
+            continue
+        loaded = parameters(engine)
+        train(engine, 1, first=2)
+        found.append((loaded, engine.grain.step, engine.grain.last.weights.shape))
+    return found
+
+
+def test_another_number_of_ranks_goes_on_or_is_refused(tmp_path: Path) -> None:
+    saved = run(2, saved_by_some, str(tmp_path), False)[0]
+    for (loaded, steps, shape), refusal in run(3, saved_by_some, str(tmp_path), True):
+        assert torch.equal(loaded, saved[0])
+        assert (steps, shape) == (3, (3,))
+        assert "world size" in refusal
+
+
 def complaint(start: Callable[[], object], key: str) -> str | None:
     """What is wrong with the error: it does not name the key, or there is none."""
     try:

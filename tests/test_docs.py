@@ -51,6 +51,16 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_tests_that_the_docs_name_exist() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 80
+    for file, function in named:
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), function
+    for row in re.findall(r"^\|.*\|$", page, re.MULTILINE):  # each has a test
+        assert row.endswith(("test |", "---|")) or "::test_" in row or "| the same |" in row, row
+
+
 def test_readme_starts_with_the_two_commands() -> None:
     lines = [line.split("#")[0].strip() for line in blocks(ROOT / "README.md", "bash").splitlines()]
     commands = [line for line in lines if line]

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -437,6 +438,120 @@ def test_lightning(n: int, passes: int) -> None:
         assert hooks == [1]
         assert logged["grain/conflicts_aggregate"] == 0
         assert steps == STEPS
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "accumulation": ({"accumulate_grad_batches": 2}, {}),
+    "clipping": ({"gradient_clip_val": 0.05}, {}),
+    "bf16": ({"precision": "bf16-mixed"}, {}),
+    "manual": ({}, {}),
+    "several optimizers": ({}, {}),
+    "no_sync": ({}, {}),
+    "unused": ({}, {"find_unused_parameters": True}),
+    "static graph": ({}, {"static_graph": True}),
+    "checkpointing": ({}, {}),
+    "resume": ({}, {}),
+}
+
+
+def lightning_variant(name: str, callbacks: list[Any], folder: str) -> torch.Tensor:
+    """The parameters after some steps of one way to train."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.checkpoint import checkpoint
+
+    by_hand = name in ("manual", "several optimizers", "no_sync")
+
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+            if name == "unused":
+                self.seldom = nn.Linear(3, 3)
+            self.automatic_optimization = not by_hand
+
+        def forward(self, x: torch.Tensor, number: int) -> torch.Tensor:
+            if name == "checkpointing":
+                return checkpoint(self.net[1:], self.net[0](x), use_reentrant=False)
+            found = self.net(x)
+            return self.seldom(found) if name == "unused" and number % 2 else found
+
+        def training_step(self, batch: Any, number: int) -> torch.Tensor | None:
+            value = nn.functional.cross_entropy(self(batch[0], number), batch[1])
+            if not by_hand:
+                return value
+            optimizers = self.optimizers()
+            optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+            if name == "no_sync" and number % 2 == 0:
+                with self.trainer.strategy.block_backward_sync():
+                    self.manual_backward(value)
+                return None
+            self.manual_backward(value)
+            for one in optimizers:
+                one.step()
+                one.zero_grad()
+            return None
+
+        def configure_optimizers(self) -> Any:
+            if name == "several optimizers":
+                parts = self.net[:2], self.net[2:]
+                return [torch.optim.SGD(part.parameters(), lr=RATE) for part in parts]
+            return torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9)
+
+    trained, ddp = VARIANTS[name]
+
+    def fit(steps: int, **more: Any) -> Any:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=int(os.environ["WORLD_SIZE"]),
+            strategy=DDPStrategy(**ddp),
+            max_steps=steps,
+            callbacks=[make() for make in callbacks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **trained,
+        )
+        torch.manual_seed(0)
+        module = Module()
+        points = torch.utils.data.Subset(Points(), range(32))
+        trainer.fit(module, torch.utils.data.DataLoader(points, batch_size=SIZE), **more)
+        return trainer, module
+
+    if name == "resume":
+        path = os.path.join(folder, "half.ckpt")
+        fit(2)[0].save_checkpoint(path)
+        return flat(fit(4, ckpt_path=path)[1].parameters())
+    return flat(fit(4)[1].parameters())
+
+
+def lightning_variants(folder: str) -> dict[str, float]:
+    """Of each variant: how far the mean is from the plain run."""
+    like_torchrun()
+    from grain_ddp.lightning import GrainCallback
+
+    def with_state(**options: Any) -> list[Any]:
+        return [lambda: GrainCallback(GrainState(**options))]
+
+    found = {}
+    for name in VARIANTS:
+        plain = lightning_variant(name, [], f"{folder}/plain")
+        mean = lightning_variant(name, with_state(weighting="mean"), f"{folder}/mean")
+        assert same_everywhere(mean)
+        found[name] = relative_error(mean, plain)
+    grain = lightning_variant("accumulation", with_state(), folder)
+    assert relative_error(grain, lightning_variant("accumulation", [], folder)) > 1e-3
+    return found
+
+
+def test_lightning_variants(tmp_path: Path) -> None:
+    """With the mean each is as without the package."""
+    pytest.importorskip("lightning")
+    for found in run(2, lightning_variants, str(tmp_path), deadline=240):
+        assert list(found) == list(VARIANTS)
+        for name, error in found.items():
+            assert error < (1e-3 if name == "bf16" else 1e-6), name
 
 
 # What they share

@@ -462,6 +462,51 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     run(2, saved_and_resumed, str(tmp_path))
 
 
+def saved_by_some(folder: str, again: bool) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    model, state = wrap({})
+    if not again:
+        train(model, optimizer_of(model), range(2))
+        dcp.save({"model": model.state_dict(), "grain": state}, checkpoint_id=folder)
+        return whole(model.parameters())
+    weights = model.state_dict()
+    dcp.load({"model": weights, "grain": state}, checkpoint_id=folder)
+    model.load_state_dict(weights)
+    found = whole(model.parameters())
+    train(model, optimizer_of(model), range(2, 3))
+    alike(state, dist.get_world_size())
+    return found, state.step
+
+
+def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
+    saved = run(2, saved_by_some, str(tmp_path), False)[0]
+    for found, steps in run(3, saved_by_some, str(tmp_path), True):
+        assert torch.equal(found, saved)
+        assert steps == 3
+
+
+def complex_numbers() -> float:
+    """What plain FSDP makes of a complex parameter, and the mean by GRAIN."""
+    found = []
+    for apply in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(7, 3, dtype=torch.complex64)
+        fully_shard(model)
+        if apply:
+            grain_ddp.fsdp.apply(model, GrainState(scope="bucket", weighting="mean"))
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        x = torch.randn(5, 7, generator=generator, dtype=torch.complex64)
+        model(x).abs().square().mean().backward()
+        found.append(torch.view_as_real(model.weight.grad.full_tensor()))
+    assert found[0][..., 1].abs().max() > 0.1
+    return relative_error(*found)
+
+
+def test_complex_parameters() -> None:
+    assert max(run(2, complex_numbers)) < 1e-6
+
+
 class Boom(Exception):
     pass
 

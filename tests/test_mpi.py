@@ -125,6 +125,34 @@ def case_state(world: Any) -> Any:
     return steps, state.step, copy == MPI.COMM_NULL
 
 
+def case_soak(world: Any) -> Any:
+    """What has grown in a hundred steps."""
+    sys.path.append(str(ROOT / "docs/benchmarks"))
+    import soak
+
+    from grain_ddp import GrainState
+    from grain_ddp.mpi import reduce_gradient
+
+    state, array = GrainState(), gradient(world.rank)[:700].copy()
+    found = soak.soak(lambda step: reduce_gradient(array + step, world, state) and None, 100)
+    return soak.grown(*found, mib=4)
+
+
+def case_another_order(world: Any) -> Any:
+    """Two states of one communicator, and one rank takes the second first: the error."""
+    from grain_ddp import GrainState
+    from grain_ddp.mpi import reduce_gradient
+
+    states = [GrainState(), GrainState()]
+    for state in states:
+        reduce_gradient(gradient(world.rank), world, state)
+    try:
+        reduce_gradient(gradient(world.rank), world, states[world.rank == 1])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def case_errors(world: Any) -> Any:
     """Every way to be wrong, on one rank or on all: the errors; then a step that is right."""
     from grain_ddp import GrainState
@@ -291,6 +319,7 @@ def run(folder: Path, ranks: int, *cases: str) -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     cases = "sizes", "options", "mean", "absent", "state", "errors", "groups", "traffic"
+    cases += "soak", "another_order"
     return run(tmp_path_factory.mktemp("mpi"), RANKS, *cases)
 
 
@@ -365,6 +394,15 @@ def test_the_state_lives_from_step_to_step(results: Any) -> None:
     assert results["state"] == [([0, 0, 1, 1], 2, True)] * RANKS
 
 
+def test_nothing_grows(results: Any) -> None:
+    assert results["soak"] == [[]] * RANKS
+
+
+def test_states_in_another_order(results: Any) -> None:
+    for found in results["another_order"]:
+        assert "grain_ddp: state must be the same on every rank, but it is rank 0: 'in" in found
+
+
 def test_errors_reach_every_rank(results: Any) -> None:
     words = {
         "options": "cap must be the same on every rank, but it is rank 0: None, rank 1: 2.0",
@@ -378,8 +416,7 @@ def test_errors_reach_every_rank(results: Any) -> None:
         "fixed": "found float32 20011, read-only on rank",
         "empty": "found float32 0, empty on rank",
         "list": "found a list on rank",
-        "one new state": "state must be the same on every rank, but it is rank 0: 'in use', "
-        "rank 1: 'new'",
+        "one new state": "state must be the same on every rank, but it is rank 0: 'in use, number",
         "another communicator": "serves another communicator",
         "groups": f"groups must name each of the {RANKS} ranks once",
     }
@@ -418,6 +455,32 @@ def test_torch_distributed_under_mpiexec(tmp_path: Path) -> None:
     for rank, (variables, local, aggregate) in enumerate(found):
         assert variables == [str(rank), str(rank), "2", "2", "gloo"]
         assert error(aggregate, min_norm_point(local)) <= 1e-5
+
+
+LOSING = """
+import os, signal, sys
+import numpy as np
+from mpi4py import MPI
+from grain_ddp.mpi import reduce_gradient
+for step in range(4):
+    if step == 2 and MPI.COMM_WORLD.rank == 1:
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ArithmeticError("planted")
+    reduce_gradient(np.ones(1000) * (1 + MPI.COMM_WORLD.rank))
+print("not missed")
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_a_rank_is_lost(how: str, tmp_path: Path) -> None:
+    """mpiexec ends all ranks of a program that `python -m mpi4py` runs."""
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING)
+    done = start(sys.executable, "-m", "mpi4py", str(script), how, ranks=2)
+    assert done.returncode != 0
+    assert "not missed" not in done.stdout
+    assert ("ArithmeticError: planted" in done.stdout + done.stderr) == (how == "raises")
 
 
 def alone(code: str) -> str:

@@ -14,6 +14,7 @@ from ranks import SIZES, gather, relative_error
 
 import grain_ddp._core.sharded as sharded_module
 from grain_ddp import GrainState, min_norm
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.groups import partition
 from grain_ddp._core.sharded import ShardedAggregation, share
 from grain_ddp._core.views import length, part, read, write
@@ -146,7 +147,7 @@ def test_a_narrow_wire() -> None:
 def test_bytes_are_those_of_a_reduce_scatter() -> None:
     """And of a buffer with one owner never more than those of an all-reduce."""
     n, size = 4, 40_000
-    triangle = (n - 1) * (n * (n + 1) // 2 + 6) * 8  # and the marks
+    triangle = (n - 1) * (n * (n + 1) // 2 + MARKS) * 8
     even = [[(size // n, rank) for rank in range(n)]]
     for _, sent in run(n, aggregate, even, {}, {}, torch.float32, 1):
         assert sent - triangle == (n - 1) * size // n * 4

@@ -16,6 +16,7 @@ from ways import values
 
 from grain_ddp import GrainState, StepRecord, min_norm
 from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.sketched import WATCHING
 from grain_ddp._math.sketch import Sketch, rescale
 from grain_ddp._wire.wire import Wire
@@ -239,7 +240,7 @@ def test_only_the_sketch_is_exchanged() -> None:
     """In bfloat16; the gradients go through the backend's own sum."""
     k, n = 600, 3
     _, _, sent = values("threads", n, step, {"sketch": k})[0]
-    gramian = (n - 1) * 8 * (n * (n + 1) // 2 + n + 6)  # the norms too, and the marks
+    gramian = (n - 1) * 8 * (n * (n + 1) // 2 + n + MARKS)  # the norms too
     assert sent - gramian <= (n - 1) * (2 * k // n + 16)
 
 

@@ -41,7 +41,8 @@ class Aggregation:
         state.bind(owner or self, wire)
         self.state, self.options = state, state.options
         self.guard = Guard(self.options, wire, owner)
-        groups, self._marks = partition(self.options.groups, wire), Marks()
+        groups = partition(self.options.groups, wire)
+        self._marks = Marks(wire, str(owner or self))
         rows = range(wire.size * self.options.microbatches)  # with several passes, groups of one
         self._groups = groups if self.options.microbatches == 1 else [[row] for row in rows]
         k = sketch_size(self.options, wire)

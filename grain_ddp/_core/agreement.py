@@ -23,7 +23,7 @@ from grain_ddp._wire.wire import Wire
 
 AnyWeights = Weights | DeviceWeights
 
-MARKS = 6
+MARKS = 8
 """How many numbers travel with a Gramian's own."""
 
 _PRIME = 0xFFF1  # marks are below it: their squares, summed over 16,384 ranks, are exact in float64
@@ -76,22 +76,62 @@ def weights_of(
     )
 
 
+_NAMES = "the model", "the number of the step", "the buckets of the step", "the weights so far"
+
+
+class Later:
+    """A tensor on its way to the host, read when it is there."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._event: Any = None
+        if values.device.type == "cuda":
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.current_stream(values.device).record_event()
+
+    def ready(self) -> bool:
+        """Whether reading it waits for nothing."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> list[Any]:
+        return self._values.tolist()
+
+
 class Marks:
     """What all ranks must have done alike in a step, as a few numbers that travel with a Gramian.
 
     A rank that skipped a step, or whose weights are others, shows at the next Gramian, on every
-    rank. (On a GPU nothing is compared: looking at a number would wait for it.)
+    rank. (On a GPU that waits for nothing: it shows at the start of a later step, and without the
+    weights.) They are made for a model, named in words, when its ranks have met over the wire.
 
     Attributes:
         left_out: the groups that get no weight in this step, from now on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire, model: str) -> None:
+        self._wire, self._model, self._number = wire, model, wire.number
         self._weights = 0
-        self.begin(0)
+        self._told: list[tuple[int, Later]] = []
+        self._start(0)
 
     def begin(self, step: int) -> None:
-        """Start on a step."""
+        """Start on a pass. ValueError on every rank that is told of a difference."""
+        while self._told and self._told[0][1].ready():
+            told, differs = self._told.pop(0)
+            found = [name for name, bad in zip(_NAMES, differs.read(), strict=True) if bad]
+            if found:
+                self._told = []
+                raise ValueError(
+                    f"grain_ddp: {found[0]} differed between ranks in step {told} (this is rank "
+                    f"{self._wire.whole.rank}), so that the gradients of different steps or models "
+                    "were mixed. Let every rank take every step, with the same model, and resume "
+                    "from a checkpoint."
+                )
+        self._wire.come_to(self._number, self._model)
+        self._start(step)
+
+    def _start(self, step: int) -> None:
         self._step, self._layout, self._buckets = step, 0, list[str]()
         self.left_out = list[int]()
 
@@ -105,15 +145,28 @@ class Marks:
         if isinstance(weights, Weights):
             self._weights = zlib.crc32(weights.weights.tobytes(), self._weights)
 
-    def numbers(self) -> Tensor:
+    def numbers(self, device: torch.device) -> Tensor:
         """The marks m and their squares, float64: if Σm = n·m and Σm² = n·m², all have the same."""
-        marks = [mark % _PRIME for mark in (self._step, self._layout, self._weights)]
-        return torch.tensor([*marks, *(m * m for m in marks)], dtype=torch.float64)
+        values = (self._number, self._step, self._layout, self._weights)
+        marks = [value % _PRIME for value in values]
+        numbers = torch.tensor([*marks, *(m * m for m in marks)], dtype=torch.float64)
+        return numbers.to(device, non_blocking=True)
 
-    def differ(self, wire: Wire) -> NoReturn:
-        """ValueError on every rank, once the numbers have told that something differs."""
-        wire.whole.agree(
+    def compare(self, own: Tensor, sums: Tensor, *, later: bool) -> None:
+        """Given the sums of all ranks' numbers: ValueError on every rank if they differ.
+
+        `later`: not now, but in `begin`.
+        """
+        expected = own * self._wire.whole.size
+        if later:
+            self._told.append((self._step, Later((sums != expected).view(2, -1).any(0))))
+        elif sums.tolist() != expected.tolist():
+            self._differ()
+
+    def _differ(self) -> NoReturn:
+        self._wire.whole.agree(
             {
+                "the model": f"model {self._number}, {self._model}",
                 "the number of the step": self._step,
                 "the buckets of the step": self._buckets,
                 "the weights so far (a checksum)": self._weights,
@@ -121,7 +174,7 @@ class Marks:
         )
         raise ValueError(
             "grain_ddp: the ranks are at different places of the program (this is rank "
-            f"{wire.whole.rank}). Let every rank take every step, with the same model."
+            f"{self._wire.whole.rank}). Let every rank take every step, with the same model."
         )
 
 
@@ -162,8 +215,7 @@ class GramianSum:
         if batches.told:
             whole = self._wire.whole
             parts["batches"] = batches.numbers(whole.rank, whole.size, gramian)
-        if gramian.device.type == "cpu":
-            parts["marks"] = self._marks.numbers()
+        parts["marks"] = self._marks.numbers(gramian.device)
         self._parts = parts
         self.transfer, self._rows = self._wire.sum(torch.cat(list(parts.values())))
 
@@ -191,10 +243,8 @@ class GramianSum:
         self.transfer.wait()
         sums = self._rows.sum(0).split_with_sizes(list(map(len, self._parts.values())))
         found = dict(zip(self._parts, sums, strict=True))
-        if "marks" in found:
-            expected = self._parts["marks"] * self._wire.whole.size
-            if found["marks"].tolist() != expected.tolist():
-                self._marks.differ(self._wire)
+        marks = found["marks"]
+        self._marks.compare(self._parts["marks"], marks, later=marks.device.type != "cpu")
         gramian, error = full(found["triangle"], self._size), self._error
         if "squares" in found:
             gramian, error = rescale(gramian, found["squares"])

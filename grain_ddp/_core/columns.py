@@ -53,7 +53,7 @@ class Columns:
         self.wire, self.slots, self.own = wire, slots, slots[wire.rank]
         self.narrow = narrow if n > 1 else None
         self.total, self.home, self.block = total, home, block
-        self.passes = 1 if block is None else len(block) // sum(map(length, slots))
+        self.passes = 1 if block is None or home is None else len(home) // n
         self.arrived = self.reduced = self.gathering = False
         self.transfer = Transfer()
         # Whether the own row is where the result will be, and needs no second place.
@@ -95,7 +95,7 @@ class Columns:
                 encode(values, message)
             sent = list(messages)
         self._sent, self._rows = sent, [rows]
-        self.transfer = self.wire.exchange(sent, list(rows.unbind()))
+        self.transfer = self.wire.exchange(sent, list(rows.unbind()), "the exchange of rows")
 
     def arrive(self) -> None:
         """Complete what `send` started, but that others may still read; add up the Gramian."""
@@ -165,7 +165,7 @@ class Columns:
             self._sent = messages.split_with_sizes(lengths)
             encode(parts[me], self._sent[me])
             parts = list(self._sent)
-        self.transfer = self.wire.gather(parts[me], parts)
+        self.transfer = self.wire.gather(parts[me], parts, "the gather of the result")
         self.gathering = True
         return self.transfer
 

@@ -24,7 +24,7 @@ def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[l
         found = [list(range(first, min(first + groups, n))) for first in range(0, n, groups)]
     elif groups == "node":
         hosts: dict[tuple[str, ...], list[int]] = {}
-        for rank, host in enumerate(wire.gather_objects(wire.host())):
+        for rank, host in enumerate(wire.gather_objects(wire.host(), "the search for hosts")):
             hosts.setdefault(host, []).append(rank)
         found = list(hosts.values())
     elif not isinstance(groups, str):

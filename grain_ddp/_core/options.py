@@ -67,13 +67,11 @@ class Options:
         for name, (holds, expected) in _EXPECTED.items():
             value = getattr(self, name)
             if not holds(value):
-                raise ValueError(
-                    f"grain_ddp: {name} must be {expected}, but it is {_short(value)}."
-                )
+                raise ValueError(f"grain_ddp: {name} must be {expected}, but it is {short(value)}.")
         if self.microbatches > 1 and self.groups not in ("rank", "label"):
             raise ValueError(
                 'grain_ddp: microbatches needs groups="rank" (each pass of each rank is a group), '
-                f'or "label", but groups is {self.groups!r}.'
+                f'or "label", but groups is {short(self.groups)}.'
             )
         if self.sketch is not None and (self.microbatches > 1 or self.wire_dtype is not None):
             name = "microbatches" if self.microbatches > 1 else "wire_dtype"
@@ -86,7 +84,7 @@ class Options:
             if getattr(self, name) and self.weighting != "min_norm":
                 raise ValueError(
                     f'grain_ddp: {name} needs weighting="min_norm", but weighting is '
-                    f"{self.weighting!r}."
+                    f"{short(self.weighting)}."
                 )
 
     def agreed(self) -> dict[str, Any]:
@@ -123,7 +121,8 @@ class Options:
         return narrow if narrow is not None and narrow.itemsize < dtype.itemsize else None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 

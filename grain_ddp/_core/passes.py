@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._wire.wire import cut
+from grain_ddp._core.views import cut
 
 Parts = Sequence[tuple[Hashable, int]]
 """What lies in a bucket, in order: a name of each part, and its number of elements."""

@@ -40,6 +40,8 @@ PADDED = 1.25
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
 
+OWNERS = "the hand-over of what was weighed to its owners"
+
 
 def share(
     owned: Sequence[Sequence[Tensor]],
@@ -109,7 +111,7 @@ class ShardedAggregation:
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
         groups, k = partition(options.groups, wire), sketch_size(options, wire)
         check_groups(options.weighting, len(groups))
-        self._grouping, self._marks = Grouping(groups), Marks()
+        self._grouping, self._marks = Grouping(groups), Marks(wire, str(owner or self))
         self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))
         self._groups, self.guard = groups, Guard(options, wire, owner)
@@ -333,10 +335,10 @@ class ShardedAggregation:
         receive = [like.new_empty(length(views)) for views in take]
         if narrow:
             messages = [message_for(values, narrow) for values in receive]
-            self.wire.exchange([encoded(values, narrow) for values in send], messages).wait()
+            self.wire.exchange([encoded(v, narrow) for v in send], messages, OWNERS).wait()
             for message, values in zip(messages, receive, strict=True):
                 decode(message, values)
         else:
-            self.wire.exchange(send, receive).wait()
+            self.wire.exchange(send, receive, OWNERS).wait()
         for views, values in zip(take, receive, strict=True):
             write(views, values)

@@ -27,8 +27,9 @@ from grain_ddp._core.passes import Passes
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.stages import Bucket, Stages
 from grain_ddp._core.state import GrainState
+from grain_ddp._core.views import cut
 from grain_ddp._math.gramian import weigh_
-from grain_ddp._wire.wire import Transfer, Wire, cut
+from grain_ddp._wire.wire import Transfer, Wire
 
 MESSAGE_BYTES = 4 << 20
 """On a CPU a slice travels in messages of about this size: one is worked on while others move."""
@@ -40,11 +41,16 @@ DDP's buckets have 25 MiB, and all that is held beside them shall be less than t
 
 
 def cut_columns(
-    buffer: Tensor, wire: Wire, message: int, blocks: Sequence[Tensor] = (), **how: Any
+    buffer: Tensor,
+    wire: Wire,
+    message: int,
+    blocks: Sequence[Tensor] = (),
+    passes: int = 1,
+    **how: Any,
 ) -> list[Columns]:
     """A buffer, cut among the ranks of a wire, and into messages.
 
-    `blocks` hold several passes in its place, as `Passes` lays them out.
+    `blocks` hold several `passes` in its place, as `Passes` lays them out.
     """
     n, width = wire.size, len(buffer) // wire.size
     matrix, every = buffer[: width * n].view(n, width), []
@@ -52,8 +58,7 @@ def cut_columns(
         home, block = matrix[:, slices[0]], None
         slots = [[view] for view in (*home[:-1].unbind(), buffer[slices[-1]])]
         if blocks:
-            block = blocks[k]
-            rows = n * (len(block) // sum(one.stop - one.start for one in slices))
+            block, rows = blocks[k], n * passes
             home = block[: rows * home.shape[1]].view(rows, home.shape[1])
         every.append(Columns(wire, slots, home=home, block=block, **how))
     return every
@@ -153,6 +158,7 @@ class Transposed(Stages):
             self.wire,
             self.message(own),
             blocks=bucket.blocks,
+            passes=self.options.microbatches,
             narrow=self.options.narrow(own.dtype),
             total=bucket.gramian,
         )

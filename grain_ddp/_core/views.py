@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,3 +57,19 @@ def matrix(slots: Sequence[Views]) -> Tensor | None:
     ):
         return None
     return first.as_strided((len(views), len(first)), (whole, 1))
+
+
+def cut(length: int, n: int, message: int) -> list[list[slice]]:
+    """Where the slices of n ranks lie in a bucket of that length, in pieces.
+
+    ``cut(...)[k][j]`` is piece k of rank j's slice, at most `message` elements long. The slices are
+    equally long; what is left over, fewer than n elements, is in the last rank's last piece too.
+    """
+    columns = length // n
+    count = max(-(-columns // message), 1)
+    bounds = [columns * k // count for k in range(count + 1)]
+    pieces = [
+        [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
+    ]
+    pieces[-1][-1] = slice(pieces[-1][-1].start, length)
+    return pieces

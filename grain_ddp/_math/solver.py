@@ -42,6 +42,9 @@ class Solution(Generic[Weights]):
     status: Status
 
 
+_NOT_REAL = "grain_ddp: the Gramian must hold real numbers, but its dtype is {}."
+
+
 @overload
 def min_norm(gramian: torch.Tensor, *, cap: float | None = None) -> Solution[torch.Tensor]: ...
 @overload
@@ -71,13 +74,16 @@ def min_norm(
     if tensor is not None:
         if tensor.is_floating_point():
             tiny = max(tiny, torch.finfo(tensor.dtype).tiny)
+        if tensor.is_complex():
+            raise ValueError(_NOT_REAL.format(tensor.dtype))
         G = tensor.to("cpu", torch.float64).numpy()
     else:
-        given = np.asarray(gramian)
+        try:
+            given = np.asarray(gramian)
+        except ValueError as error:  # rows of several lengths
+            raise ValueError(f"grain_ddp: the Gramian must have shape [n, n]: {error}") from None
         if given.dtype.kind not in "fiub":
-            raise ValueError(
-                f"grain_ddp: the Gramian must hold real numbers, but its dtype is {given.dtype}."
-            )
+            raise ValueError(_NOT_REAL.format(given.dtype))
         if given.dtype == np.float32 or given.dtype == np.float16:
             tiny = float(np.finfo(given.dtype).tiny)
         G = given.astype(np.float64, copy=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch import Tensor
 from grain_ddp._wire import lost
 from grain_ddp._wire.neighbours import Neighbours, Search
 from grain_ddp._wire.ring import Ring
-from grain_ddp._wire.wire import Message, Transfer, Wire
+from grain_ddp._wire.wire import Message, Shared, Transfer, Wire
 
 RING_BYTES = 512 << 10
 """On CPUs of several hosts, parts of at least this size are gathered by a ring."""
@@ -22,6 +23,8 @@ RING_BYTES = 512 << 10
 # wire's spaces; one for objects, so that ranks meet who are at different places in the program.
 _FIRST_TAG, _TAGS = 0x6000, 0x1000
 _OBJECTS, _PROBE = 0x5FFE, 0x5FFF
+
+_of_groups: WeakKeyDictionary[dist.ProcessGroup, Shared] = WeakKeyDictionary()
 
 
 # The name since PyTorch 2.13, or the one before.
@@ -50,6 +53,8 @@ class TorchWire(Wire):
         self._order: Sequence[int] = range(self.size)  # of `ranks` in it
         self._tag = self._first_tag = _FIRST_TAG
         self._neighbours: Neighbours | None = None
+        if group is not None:
+            self._shared = _of_groups.setdefault(group, self._shared)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +93,8 @@ class TorchWire(Wire):
         wire._tag = wire._first_tag = _FIRST_TAG + space * _TAGS
         if self.group is not None and _on_gpus(self.group):
             try:
-                wire._exchanging = new_group(self.group, ranks)
+                where = "inside of groups" if space == 1 else "between groups"
+                wire._exchanging = new_group(self.group, ranks, f"exchange {where}")
             except (RuntimeError, ValueError) as error:
                 raise self.lost(error, None, "the making of a group") from error
             wire._order = sorted(range(len(ranks)), key=ranks.__getitem__)
@@ -245,9 +251,12 @@ def _on_gpus(group: dist.ProcessGroup) -> bool:
     return any(torch.get_device_module(kind).is_available() for kind in kinds)
 
 
-def new_group(parent: dist.ProcessGroup, ranks: Sequence[int]) -> dist.ProcessGroup:
+def new_group(
+    parent: dist.ProcessGroup, ranks: Sequence[int], what: str = "exchange"
+) -> dist.ProcessGroup:
     """Of some ranks of a group, with its backend, timeout and options. Collective among them.
 
+    `what` it is for is what flight recorders show.
     Its ranks are in ascending order, whatever order is given.
     """
     kinds = sorted(parent._device_types, key=lambda device: device.type == "cpu")
@@ -264,6 +273,6 @@ def new_group(parent: dist.ProcessGroup, ranks: Sequence[int]) -> dist.ProcessGr
         backend=dist.get_backend_config(parent),
         pg_options=options,
         use_local_synchronization=True,
-        group_desc="grain_ddp exchange",  # as flight recorders show it
+        group_desc=f"grain_ddp {what}",
     )
     return made

@@ -8,7 +8,8 @@ import os
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count, pairwise
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -76,20 +77,12 @@ class Transfer:
                 raise self._wire.lost(error, rank, self._what) from error
 
 
-def cut(length: int, n: int, message: int) -> list[list[slice]]:
-    """Where the slices of n ranks lie in a bucket of that length, in pieces.
+@dataclass
+class Shared:
+    """What wires have in common whose messages may meet."""
 
-    ``cut(...)[k][j]`` is piece k of rank j's slice, at most `message` elements long. The slices are
-    equally long; what is left over, fewer than n elements, is in the last rank's last piece too.
-    """
-    columns = length // n
-    count = max(-(-columns // message), 1)
-    bounds = [columns * k // count for k in range(count + 1)]
-    pieces = [
-        [slice(j * columns + a, j * columns + b) for j in range(n)] for a, b in pairwise(bounds)
-    ]
-    pieces[-1][-1] = slice(pieces[-1][-1].start, length)
-    return pieces
+    models: int = 0
+    """How many were begun over them, the same number on every rank; some may be gone."""
 
 
 class Wire(ABC):
@@ -107,8 +100,9 @@ class Wire(ABC):
         self.ranks: Sequence[int] = range(size)
         self.space = 0
         self._whole: Wire | None = None  # not itself, so that a wire ends when it is dropped
+        self._shared = Shared()
         self.checking = False  # as DEBUG asks for
-        self._number = self._exchanges = 0  # by which ranks of one program recognise an exchange
+        self.number = self._exchanges = 0  # by which ranks recognise a model, and its exchange
 
     @property
     def whole(self) -> Wire:
@@ -134,10 +128,33 @@ class Wire(ABC):
         assert self.whole is self
         debug = os.environ.get(DEBUG) == "1"
         mine = {"the version of grain_ddp": grain_ddp.__version__, DEBUG: debug, **values}
-        every = self.gather_objects((mine, next(_numbers), offer), "the comparison of options")
-        self._compare([theirs for theirs, _, _ in every])
-        self.checking, self._number = debug, every[0][1]
-        return [theirs for _, _, theirs in every]
+        shared = self._shared
+        shared.models += 1
+        every = self.gather_objects(
+            (mine, next(_numbers), shared.models, offer), "the comparison of options"
+        )
+        self._compare([one[0] for one in every])
+        self.checking, self.number = debug, every[0][1]
+        shared.models = max(one[2] for one in every)
+        return [one[3] for one in every]
+
+    def come_to(self, number: int, model: str) -> None:
+        """See that all ranks have come to the same model, where several share this wire's ranks.
+
+        Before the first exchange of a pass, which another model's might meet. (On GPUs nothing is
+        compared: that would wait.)
+
+        Raises:
+            ValueError: on every rank: they have not.
+        """
+        whole, what = self.whole, "the start of a pass"
+        if whole.size == 1 or self._shared.models < 2 or whole.device.type != "cpu":
+            return
+        mine, every = torch.tensor([number]), torch.zeros(whole.size, 1, dtype=torch.int64)
+        every[whole.rank] = number
+        whole._carry([mine] * whole.size, list(every), what)
+        if (every != number).any():
+            whole.agree({"the model": f"model {number}, {model}"}, what)
 
     def close(self) -> None:  # noqa: B027
         """End: the other ranks know from now on that this one takes part no more."""
@@ -286,7 +303,7 @@ class Wire(ABC):
         ValueError on all of them, of the first difference.
         """
         self._exchanges += 1
-        place = f"{kind} {self._exchanges} of model {self._number}, {what}"
+        place = f"{kind} {self._exchanges} of model {self.number}, {what}"
         here = f"{place}, {send[0].dtype}"
         shapes = [[tuple(t.shape) for t in tensors] for tensors in (send, receive)]
         every = self._objects((here, shapes), f"what {DEBUG} compares before {what}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from grain_ddp._core.options import short
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
 from grain_ddp._wire.torch_wire import TorchWire, default_group
@@ -65,12 +66,14 @@ def section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     section = config["grain"]
     if not isinstance(section, Mapping):
         raise ValueError(
-            f'grain_ddp: grain must be a section such as {{"enabled": true}}, not {section!r}.'
+            f'grain_ddp: grain must be a section such as {{"enabled": true}}, not {short(section)}.'
         )
     options = dict(section)
     enabled = options.pop("enabled", None)
     if not isinstance(enabled, bool):
-        raise ValueError(f"grain_ddp: grain.enabled must be true or false, but it is {enabled!r}.")
+        raise ValueError(
+            f"grain_ddp: grain.enabled must be true or false, but it is {short(enabled)}."
+        )
     if not enabled:
         return None
     for name in options:
@@ -84,7 +87,7 @@ def section(config: Mapping[str, Any]) -> dict[str, Any] | None:
         if not isinstance(name, str) or name not in DTYPES:
             raise ValueError(
                 f"grain_ddp: grain.wire_dtype must be null or one of {', '.join(DTYPES)}, but it "
-                f"is {name!r}."
+                f"is {short(name)}."
             )
         options["wire_dtype"] = DTYPES[name]
     try:
@@ -199,8 +202,8 @@ def sink(path: Any, wire: TorchWire) -> Callable[[StepRecord], None] | None:
         except OSError as error:
             problem = f"cannot be written: {error}"
     else:
-        problem = f"must be null or the path of a file, but it is {path!r}"
-    problem = next(filter(None, wire.gather_objects(problem)), "")
+        problem = f"must be null or the path of a file, but it is {short(path)}"
+    problem = next(filter(None, wire.gather_objects(problem, "the comparison of logs")), "")
     if problem:
         raise ValueError(f"grain_ddp: grain.log {problem}.")
     return sink

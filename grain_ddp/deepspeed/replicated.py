@@ -28,6 +28,7 @@ class Replicated(Owner[Aggregation]):
         # DeepSpeed divides the loss by the number of passes, of which each is a group here.
         self.scale = state.microbatches * (1 if engine.gradient_average else wire.size)
         engine._reduce_non_expert_gradients = self.reduce
+        self.left: list[Any] = []  # the gradients as they were left
         if state.microbatches > 1:
             self.micro_step = -1  # the last one that was counted
             self.at_the_last = engine.allreduce_gradients
@@ -43,6 +44,8 @@ class Replicated(Owner[Aggregation]):
                 "grain_ddp: expected dense gradients, but some are sparse. Build the embedding "
                 "with sparse=False."
             )
+        if self.as_left(grads) == self.left and not self.engine._running_engine_backward:
+            return  # by hand, when there is nothing to do any more
         self.state.step = self.engine.global_steps
         own = {p.grad.data_ptr(): name for name, p in self.parameters() if p.grad is not None}
         names = {id(g): own.get(g.data_ptr(), f"gradient {j}") for j, g in enumerate(grads)}
@@ -58,6 +61,13 @@ class Replicated(Owner[Aggregation]):
                 parts = [(names[id(g)], g.numel()) for g in pack]
                 self.aggregation.push(flat, functools.partial(self._done, flat, copy_back), parts)
         self.aggregation.finish()
+        self.left = self.as_left(grads)
+
+    def as_left(self, grads: Sequence[Tensor]) -> list[Any]:
+        """What changes with every step, and when a gradient changes."""
+        # Those of the parameters, if there are any: what DeepSpeed gives are new views of them.
+        own = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return [self.engine.micro_steps, *((id(g), g._version) for g in own or grads)]
 
     def parameters(self) -> Iterable[tuple[str, Tensor]]:
         every: Iterable[tuple[str, Tensor]] = self.engine.module.named_parameters()

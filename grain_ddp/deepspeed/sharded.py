@@ -113,7 +113,8 @@ class Sharded(Owner[ShardedAggregation]):
         held = self.trained()
         present = [self.gradient(p) is not None for _, p in held]
         if not self.same(present):
-            every = zip(*self.wire.gather_objects(present), strict=True)
+            found = self.wire.gather_objects(present, "the comparison of held gradients")
+            every = zip(*found, strict=True)
             for j, ranks in enumerate(every):
                 if any(ranks) and not all(ranks):
                     self.complement(held[j][1])
@@ -146,7 +147,7 @@ class Sharded(Owner[ShardedAggregation]):
         """
         every = [(names, missed)]
         if not self.same(every):
-            every = self.wire.gather_objects(every[0])
+            every = self.wire.gather_objects(every[0], "the comparison of a bucket's parameters")
         lost = sorted({name for _, missed in every for name in missed})
         if lost:
             raise RuntimeError(
@@ -171,7 +172,9 @@ class Sharded(Owner[ShardedAggregation]):
 
     def same(self, value: Any) -> bool:
         """Whether it is the same on every rank."""
-        return self.wire.same(repr(value), torch.device(self.engine.device))
+        self.wire.come_to(self.wire.number, str(self))
+        device = torch.device(self.engine.device)
+        return self.wire.same(repr(value), device, "the comparison of gradients")
 
     # What a stage knows.
 
