@@ -105,7 +105,8 @@ def compare(found: dict) -> None:
         if options:
             sizes = {"rank": 1, "node": cluster.per_host}
             size = sizes.get(options["groups"], options["groups"])
-            choice = Choice(options["scope"], size, 2 if options["wire_dtype"] == "bf16" else None)
+            narrow = 2 if options.get("wire_dtype") == "bf16" else None
+            choice = Choice(options["scope"], size, narrow, options.get("sketch"))
         job = Job(step["parameters"], 4, step["buckets"], compute)
         predicted = cost(cluster, job, ranks, choice).seconds
         print(

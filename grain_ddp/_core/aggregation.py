@@ -45,11 +45,9 @@ class Aggregation:
         self._marks = Marks(wire, str(owner or self))
         rows = range(wire.size * self.options.microbatches)  # with several passes, groups of one
         self._groups = groups if self.options.microbatches == 1 else [[row] for row in rows]
-        k = sketch_size(self.options, wire)
-        if k is None:
-            self._stages: Stages = Transposed(state, wire, groups, self._marks)
-        else:
-            self._stages = Sketched(state, wire, groups, self._marks, k)
+        self._every: dict[int | None, Stages] = {}  # by the size of the sketch
+        self._numbers = 0  # in the last step
+        self._stages = self._choose(wire.whole)
         self.wire, self.size = self._stages.wire, self._stages.rows
         check_groups(self.options.weighting, self.size)
         self._passes = self._stages.passes
@@ -58,6 +56,14 @@ class Aggregation:
 
     def __str__(self) -> str:
         return "an aggregation of its own"
+
+    def _choose(self, wire: Wire) -> Stages:
+        """The stages of a step, with a sketch or without. Collective at its first use."""
+        k = sketch_size(self.options, wire, self._numbers)
+        if k not in self._every:
+            arguments = self.state, wire, partition(self.options.groups, wire), self._marks
+            self._every[k] = Sketched(*arguments, k) if k else Transposed(*arguments)
+        return self._every[k]
 
     def drop(self) -> None:
         """Forget what is under way."""
@@ -91,6 +97,7 @@ class Aggregation:
             if not self._buckets:
                 self._marks.begin(self.state.step)
                 if not self._passes.done:
+                    self._stages = self._choose(self.wire.whole)
                     self.state.batches.agree(self.wire, self._stages.inside)
                     self._stages.begin(self.state.kind)
             bucket = Bucket(buffer, done)
@@ -125,6 +132,7 @@ class Aggregation:
             self.guard.end_pass()
             return None
         self._passes.drop()
+        self._numbers = sum(len(bucket.buffer) for bucket in buckets)
         self.guard.drop()
         record = self._record(found)
         self.state.advance(record)

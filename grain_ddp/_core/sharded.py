@@ -34,9 +34,6 @@ from grain_ddp._wire.torch_wire import TorchWire
 SLACK = 4096
 """So many elements, or a quarter, a rank may own above its fair share and weigh them all itself."""
 
-PADDED = 1.25
-"""Parts are summed by one reduce-scatter if padding to equal lengths makes them no longer."""
-
 SMALLEST_MESSAGE_BYTES = 64 << 10
 """What one rank sends to another at a time is not less than this, however many ranks there are."""
 
@@ -109,10 +106,11 @@ class ShardedAggregation:
             )
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
-        groups, k = partition(options.groups, wire), sketch_size(options, wire)
+        groups = partition(options.groups, wire)
         check_groups(options.weighting, len(groups))
         self._grouping, self._marks = Grouping(groups), Marks(wire, str(owner or self))
-        self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
+        self._sketches: Sketches | None = None
+        self._numbers = 0  # in this step, or the last one
         self._limit = int(min(scratch, SCRATCH_BYTES))
         self._groups, self.guard = groups, Guard(options, wire, owner)
         self.drop()
@@ -143,8 +141,7 @@ class ShardedAggregation:
         """
         try:
             if self._kind is None:
-                inside = self._sketches is not None and self._sketches.inside is not None
-                self.state.batches.agree(self.wire, inside)
+                self._choose()
                 self._kind = self.state.kind
                 self._marks.begin(self.state.step)
             numbers = None
@@ -154,6 +151,7 @@ class ShardedAggregation:
             self._buckets.append(bucket)
             for views in owned:
                 self._marks.push(length(views), bucket.like.dtype)
+                self._numbers += length(views)
             if self._sketches is None:
                 self._receive(bucket, self._kind.has_gramian)
             elif self._kind.has_gramian:
@@ -164,6 +162,17 @@ class ShardedAggregation:
         except BaseException:
             self.drop()
             raise
+
+    def _choose(self) -> None:
+        """At a step's start: whether it has a sketch. Collective at its first use."""
+        k = sketch_size(self.options, self.wire, self._numbers)
+        if k is None:
+            self._sketches = None
+        elif self._sketches is None:
+            self._sketches = Sketches(self.state, self.wire, self._groups, self._marks, k)
+        inside = self._sketches is not None and self._sketches.inside is not None
+        self.state.batches.agree(self.wire, inside)
+        self._numbers = 0
 
     def finish(self) -> StepRecord | None:
         """Complete the step. Returns its record, if one is due."""
@@ -289,7 +298,7 @@ class ShardedAggregation:
 
     def _reduce_scatter(self, bucket: _Bucket, weight: Tensor) -> None:
         """The sum of all ranks' weighed gradients, by the backend."""
-        n, like, me = self.wire.size, bucket.like, self.wire.rank
+        n, like = self.wire.size, bucket.like
         near = self.wire.shares_memory(like.device)  # which is faster
         for views in bucket.owned:
             for view in views:
@@ -298,17 +307,8 @@ class ShardedAggregation:
             self._receive(bucket, False)
             self._reduce(bucket, self._equal(bucket))
             return
-        lengths = [length(views) for views in bucket.owned]
-        if n * max(lengths) <= PADDED * sum(lengths):
-            rows = like.new_zeros(n, max(lengths))
-            for row, views, width in zip(rows, bucket.owned, lengths, strict=True):
-                row[:width] = read(views, like)
-            write(bucket.owned[me], self.wire.reduce_scatter(rows, "the gradients"))
-            return
-        sums = [read(views, like) for views in bucket.owned]
-        for transfer in [self.wire.reduce(one, j, "the gradients") for j, one in enumerate(sums)]:
-            transfer.wait()
-        write(bucket.owned[me], sums[me])
+        parts = [read(views, like) for views in bucket.owned]
+        write(bucket.owned[self.wire.rank], self.wire.reduce_scatter(parts, "the gradients"))
 
     def _clear(self, columns: Columns, dropped: Sequence[int]) -> None:
         """Leave no NaN beside this rank's own part, where an optimizer would find it."""

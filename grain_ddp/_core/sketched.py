@@ -33,13 +33,16 @@ from grain_ddp._wire.wire import Transfer, Wire
 WATCHING = 1 << 18
 """The size of the sketch where it only serves the record, unless the options say another."""
 
+MANY = 16 * WATCHING
+"""A gradient of fewer numbers is watched without a sketch, which would not be small beside it."""
 
-def sketch_size(options: Options, wire: Wire) -> int | None:
+
+def sketch_size(options: Options, wire: Wire, numbers: int) -> int | None:
     """How many sums of a gradient are exchanged; None: all of its numbers are.
 
-    Where nothing but the mean is wanted, and watching it, a sketch is the default: the backend's
-    own all-reduce then makes the mean, as if nobody watched. Ranks that read each other's memory
-    are faster without it.
+    Where nothing but the mean is wanted, and watching it, a sketch is the default if the last step
+    had many `numbers`: the backend's own all-reduce then makes the mean, as if nobody watched.
+    Ranks that read each other's memory are faster without it.
     """
     if wire.size == 1:
         return None
@@ -47,7 +50,7 @@ def sketch_size(options: Options, wire: Wire) -> int | None:
         return options.sketch
     watches = options.watches and options.microbatches == 1 and options.wire_dtype is None
     near = wire.shares_memory(torch.device("cpu")) and wire.device.type == "cpu"
-    return WATCHING if watches and not near else None
+    return WATCHING if watches and not near and numbers >= MANY else None
 
 
 class Sketches:

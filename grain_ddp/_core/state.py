@@ -60,7 +60,8 @@ class GrainState:
         sketch: None: the exact Gramian, for which ranks exchange all of their gradients. An int k
             (2**20 is a good one): that of k random sums of each gradient, with an error of about
             1/√k; the bytes on every link are those of plain averaging, and k numbers. With "mean",
-            and where ranks do not read each other's memory, 2**18 is the default.
+            4 million parameters or more, and ranks that do not read each other's memory, 2**18 is
+            the default.
         wire_dtype: torch.bfloat16 or torch.float16: what travels, for gradients that are wider.
             None: the gradient's own dtype. Sums are accumulated in fp32 or better.
         warmup_steps: plain averaging for that many first steps.

@@ -10,11 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grain_ddp._wire import lost
 from grain_ddp._wire.neighbours import Neighbours, Search
 from grain_ddp._wire.ring import Ring
 from grain_ddp._wire.wire import Message, Shared, Transfer, Wire
+
+PADDED = 1.25
+"""Parts are summed by one reduce-scatter if padding makes them no longer than so many times."""
 
 RING_BYTES = 512 << 10
 """On CPUs of several hosts, parts of at least this size are gathered by a ring."""
@@ -188,27 +192,28 @@ class TorchWire(Wire):
             raise self.lost(error, None, what) from error
         return Transfer([(work.wait, None)], [values], (), self, what)
 
-    def reduce_scatter(self, rows: Tensor, what: object = "a sum") -> Tensor:
-        """The backend's own sum over the ranks of row [c] number `rank` of ``rows`` [n, c]."""
-        if self.whole.checking:
-            self.whole._check("sum", [rows] * self.size, [rows] * self.size, what)
-        out = torch.empty_like(rows[0])
-        try:
-            work = _reduce_scatter(out, rows.view(-1), group=self.group, async_op=True)
-        except RuntimeError as error:
-            raise self.lost(error, None, what) from error
-        Transfer([(work.wait, None)], [rows, out], (), self, what).wait()
-        return out
+    def reduce_scatter(self, parts: Sequence[Tensor], what: object = "a sum") -> Tensor:
+        """The backend's own sum over the ranks of what is this rank's: part number `rank`.
 
-    def reduce(self, values: Tensor, rank: int, what: object = "a sum") -> Transfer:
-        """Start the backend's own sum over the ranks, for one of them, in place."""
+        Parts may differ in length; a part has the same on every rank. They are used up.
+        """
+        longest = max(map(len, parts))
         if self.whole.checking:
-            self.whole._check("sum", [values] * self.size, [values] * self.size, what)
+            self.whole._check("sum", parts, [parts[self.rank]] * self.size, what)
+        works = []
+        out = parts[self.rank]
         try:
-            work = dist.reduce(values, group_dst=rank, group=self.group, async_op=True)
+            if self.size * longest <= PADDED * sum(map(len, parts)):
+                rows = torch.stack([pad(part, (0, longest - len(part))) for part in parts])
+                out = torch.empty_like(rows[0])
+                works.append(_reduce_scatter(out, rows.view(-1), group=self.group, async_op=True))
+            else:
+                for j, part in enumerate(parts):
+                    works.append(dist.reduce(part, group_dst=j, group=self.group, async_op=True))
         except RuntimeError as error:
             raise self.lost(error, None, what) from error
-        return Transfer([(work.wait, None)], [values], (), self, what)
+        Transfer([(work.wait, None) for work in works], [*parts, out], (), self, what).wait()
+        return out[: len(parts[self.rank])]
 
     def _objects(self, value: Any, what: object) -> list[Any]:
         if self.device.type == "cpu" or self.size == 1:
