@@ -39,14 +39,14 @@ DDP: dict[str, dict[str, Any] | None] = {
     "bucket": {"scope": "bucket"},
     "bucket, node": {"scope": "bucket", "groups": "node"},
     "global, sketch": {"sketch": 1 << 18},
-    "bucket, sketch": {"scope": "bucket", "sketch": 1 << 18},
+    "bucket, sketch": {"scope": "bucket", "sketch": 1 << 17},
     "monitor, every step": {"weighting": "mean"},
     "monitor, every 10 steps": {"weighting": "mean", "record_every": 10},
 }
 SHARDED: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "bucket": {"scope": "bucket"},
-    "bucket, sketch": {"scope": "bucket", "sketch": 1 << 18},
+    "bucket, sketch": {"scope": "bucket", "sketch": 1 << 17},
 }
 Step = Callable[[], None]
 
