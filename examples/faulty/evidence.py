@@ -176,12 +176,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     parser.add_argument("--workers", type=int, nargs="*", default=[4, 8, 32])
-    quick = parser.parse_args().quick
-    workers = parser.parse_args().workers
+    options = parser.parse_args()
+    quick, workers = options.quick, options.workers
     torch.set_num_threads(1)
     print("Transient: | moved by | faults | guard | norm's z | 10 x own past | 100 x own past |")
     for n in workers:
-        steps = FIRST + (10 if quick else 60_000 // (10 * n) if n > 8 else 600)
+        steps = FIRST + (10 if quick else 4800 // max(n, 8))
         found = trial(characters(0), n, steps, 6, seed=n)
         right = [one.right for one in found.faults if one.guard]
         print(
