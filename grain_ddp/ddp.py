@@ -173,7 +173,7 @@ class _Hook:
         if model is None:
             return
         if not getattr(model, "_divide_by_initial_world_size", True) and (
-            self.aggregation.options.kind(self.aggregation.state.step).averages
+            self.aggregation.state.kind.averages
         ):
             raise ValueError(
                 "grain_ddp: join(divide_by_initial_world_size=False) divides by the ranks that are "

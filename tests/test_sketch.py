@@ -128,14 +128,18 @@ def test_real_gradients() -> None:
     torch.manual_seed(0)
     text = torch.tensor(list(Path(__file__).read_bytes())) % 128
     model = Attention(192, 128, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     rows = []
-    for _ in range(8):
+    for step in range(28):
         starts = torch.randint(0, len(text) - 33, (4,))
         batch = torch.stack([text[s : s + 33] for s in starts])
         model.zero_grad()
         out = model(batch[:, :-1])
         nn.functional.cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten()).backward()
-        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        if step < 20:
+            optimizer.step()
+        else:
+            rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     gradients = torch.stack(rows)
     assert gradients.shape[1] > 2_000_000
     more, least = excess(gradients, 1 << 20)

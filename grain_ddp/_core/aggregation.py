@@ -70,6 +70,7 @@ class Aggregation:
                 transfer.wait()
         finally:
             self.drop()
+            self.state.batches.clear()
 
     @property
     def pending(self) -> bool:
@@ -88,7 +89,8 @@ class Aggregation:
             if not self._buckets:
                 self._marks.begin(self.state.step)
                 if not self._passes.done:
-                    self._stages.begin(self.options.kind(self.state.step))
+                    self.state.batches.agree(self.wire, self._stages.inside)
+                    self._stages.begin(self.state.kind)
             bucket = Bucket(buffer, done)
             self._buckets.append(bucket)
             self._marks.push(len(buffer), buffer.dtype)

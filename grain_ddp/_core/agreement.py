@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -153,17 +153,19 @@ class GramianSum:
         self._start(total)
 
     def _start(self, gramian: Tensor) -> None:
-        self._size, parts = len(gramian), [upper(gramian)]
+        """Start to sum all that travels, by name, in one message."""
+        self._size, batches = len(gramian), self._state.batches
+        parts = {"triangle": upper(gramian)}
         if self._square is not None:
-            squares = gramian.new_zeros(self._wire.size)
-            squares[self._wire.rank] = self._square
-            parts.append(squares)
-        self._numbers = gramian.new_empty(0)
+            parts["squares"] = gramian.new_zeros(self._wire.size)
+            parts["squares"][self._wire.rank] = self._square
+        if batches.told:
+            whole = self._wire.whole
+            parts["batches"] = batches.numbers(whole.rank, whole.size, gramian)
         if gramian.device.type == "cpu":
-            self._numbers = self._marks.numbers()
-            parts.append(self._numbers)
-        self._lengths = list(map(len, parts))
-        self.transfer, self._rows = self._wire.sum(torch.cat(parts))
+            parts["marks"] = self._marks.numbers()
+        self._parts = parts
+        self.transfer, self._rows = self._wire.sum(torch.cat(list(parts.values())))
 
     def weights(self) -> AnyWeights:
         """The weights, the same on every rank; before any of the columns is reduced.
@@ -187,14 +189,17 @@ class GramianSum:
 
     def _find(self) -> AnyWeights:
         self.transfer.wait()
-        triangle, *more = self._rows.sum(0).split_with_sizes(self._lengths)
-        if len(self._numbers):
-            expected = self._numbers * self._wire.whole.size
-            if more.pop().tolist() != expected.tolist():
+        sums = self._rows.sum(0).split_with_sizes(list(map(len, self._parts.values())))
+        found = dict(zip(self._parts, sums, strict=True))
+        if "marks" in found:
+            expected = self._parts["marks"] * self._wire.whole.size
+            if found["marks"].tolist() != expected.tolist():
                 self._marks.differ(self._wire)
-        gramian, error = full(triangle, self._size), self._error
-        if more:
-            gramian, error = rescale(gramian, more[0])
+        gramian, error = full(found["triangle"], self._size), self._error
+        if "squares" in found:
+            gramian, error = rescale(gramian, found["squares"])
+        if "batches" in found:
+            self._group(found["batches"])
         state, grouping = self._state, self._grouping
         gramian = grouping.gramian(gramian)
         weights = weights_of(
@@ -203,25 +208,45 @@ class GramianSum:
         self._marks.weigh(weights)
         return weights
 
+    def _group(self, numbers: Tensor) -> None:
+        """Make groups of what all ranks say of their batches."""
+        batches = self._state.batches
+        batches.last = rows = batches.rows(numbers)
+        if self._state.options.groups == "label":
+            counts = np.ones(self._size) if rows.samples is None else rows.samples
+            counts[list(self._left_out)] = 0
+            self._grouping, self._left_out = Grouping(batches.members(rows), counts), []
+        elif rows.samples is not None:
+            self._grouping = Grouping(self._grouping.groups, rows.samples)
+
 
 def record_of(
     state: GrainState, buckets: Sequence[AnyWeights], suspects: tuple[Suspect, ...] = ()
 ) -> StepRecord:
     """The record of a step with these weights, one for each bucket."""
-    step, single = state.step, state.options.scope == "global"
+    step, single, said = state.step, state.options.scope == "global", dict[str, Any]()
     if single:
         buckets = buckets[:1]
+    rows = state.batches.last
+    if rows is not None:
+        said = {"samples": rows.samples, "losses": rows.losses}
+        if state.options.groups == "label":
+            said["labels"] = tuple(state.batches.labels)
     if any(isinstance(weights, DeviceWeights) for weights in buckets):
-        return PendingRecord(step, lambda: _record_of(step, single, buckets, suspects))
-    return _record_of(step, single, buckets, suspects)
+        return PendingRecord(step, lambda: _record_of(step, single, buckets, suspects, said))
+    return _record_of(step, single, buckets, suspects, said)
 
 
 def _record_of(
-    step: int, single: bool, found: Sequence[AnyWeights], suspects: tuple[Suspect, ...]
+    step: int,
+    single: bool,
+    found: Sequence[AnyWeights],
+    suspects: tuple[Suspect, ...],
+    said: dict[str, Any],
 ) -> StepRecord:
     buckets = [w.read() if isinstance(w, DeviceWeights) else w for w in found]
     if single:
-        return StepRecord(step, **vars(buckets[0]), suspects=suspects)
+        return StepRecord(step, **vars(buckets[0]), suspects=suspects, **said)
     errors = [w.sketch_error for w in buckets if w.sketch_error is not None]
     return StepRecord(
         step,
@@ -233,4 +258,5 @@ def _record_of(
         tuple(w.dropped for w in buckets),
         max(errors, default=None),
         suspects,
+        **said,
     )

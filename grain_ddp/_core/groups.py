@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grain_ddp._core.state import GrainState
+from grain_ddp._math.record import Array
 from grain_ddp._wire.wire import Wire
 
 
@@ -17,7 +19,7 @@ def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[l
     Raises:
         ValueError: on every rank, if they do not name each rank once.
     """
-    n, found = wire.size, [[rank] for rank in range(wire.size)]
+    n, found = wire.size, [[rank] for rank in range(wire.size)]  # "label": what ranks say later
     if isinstance(groups, int):
         found = [list(range(first, min(first + groups, n))) for first in range(0, n, groups)]
     elif groups == "node":
@@ -35,6 +37,11 @@ def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[l
     return found
 
 
+def in_levels(groups: Sequence[Sequence[int]], state: GrainState) -> bool:
+    """Whether the means of the groups can be formed inside of them first: all are of one size."""
+    return len(set(map(len, groups))) == 1 and "samples" not in state.batches.told
+
+
 def levels(groups: Sequence[Sequence[int]], wire: Wire) -> tuple[Wire | None, Wire]:
     """Of groups of one size: the wire inside of the own one, if that is of several ranks, and the
     one across, among the ranks of the same position. Collective."""
@@ -47,54 +54,66 @@ def levels(groups: Sequence[Sequence[int]], wire: Wire) -> tuple[Wire | None, Wi
 
 
 class Grouping:
-    """Groups of ranks as algebra: A G Aᵀ of the ranks' Gramian G, and Aᵀw of the groups' weights w.
+    """Groups of rows as algebra: A G Aᵀ of the rows' Gramian G, and Aᵀw of the groups' weights w.
 
-    Row g of A has 1/k for each of the k ranks of group g. Of another group's ranks nothing enters,
-    not even a NaN, and all sums have one order.
+    A group's gradient is the mean of its rows', weighed by their `counts` [n] of samples (None: all
+    alike): row g of A has cᵢ/Σc for each row i of group g. Nothing enters of other groups' rows, or
+    of rows of 0 samples, not even a NaN; and all sums have one order. A group may be empty.
+
+    Attributes:
+        shares: of each group in the mean over all samples, [g]; None: all alike.
+        unused: the rows of 0 samples.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], counts: Array | None = None) -> None:
         self.groups = [list(group) for group in groups]
-        self.sizes = [len(group) for group in groups]
-        # Whether each rank is a group, in order.
-        self.trivial = self.groups == [[rank] for rank in range(len(groups))]
-        # Of each group in the mean over all ranks; None: all alike.
-        alike = len(set(self.sizes)) == 1
-        self.shares = None if alike else np.array(self.sizes) / sum(self.sizes)
+        n = sum(map(len, self.groups))
+        # Whether each row is a group, in order, and counts.
+        self.trivial = self.groups == [[row] for row in range(n)]
+        self._counts = np.ones(n) if counts is None else counts
+        self.unused = np.flatnonzero(self._counts == 0).tolist()
+        self.trivial &= not self.unused
+        totals = np.array([self._counts[group].sum() for group in self.groups])
+        self._totals = np.where(totals == 0, 1, totals)
+        alike = len(set(totals.tolist())) == 1
+        self.shares = None if alike else totals / totals.sum()
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def gramian(self, gramian: Tensor) -> Tensor:
-        """Of the groups' mean gradients, [g, g], from that of the ranks' gradients [n, n]."""
+        """Of the groups' mean gradients, [g, g], from that of the rows [n, n]."""
         if self.trivial:
             return gramian
-        members, _, sizes = self._on(gramian.device)
-        padded = torch.nn.functional.pad(gramian, (0, 1, 0, 1))
-        sums = padded[members].sum(1)[:, members].sum(2)
-        return sums / sizes.outer(sizes)
+        members, _, scale = self._on(gramian.device)
+        used = scale > 0
+        zero = torch.zeros((), dtype=gramian.dtype, device=gramian.device)
+        scaled = torch.where(used & used[:, None], gramian * scale * scale[:, None], zero)
+        padded = torch.nn.functional.pad(scaled, (0, 1, 0, 1))
+        return padded[members].sum(1)[:, members].sum(2)
 
     def spread(self, weights: Tensor) -> Tensor:
-        """The ranks' weights [n] from the groups' [g]: each rank's is its share of the group's."""
+        """The rows' weights [n] from the groups' [g]: each row's is its share of its group's."""
         if self.trivial:
             return weights
-        _, groups, sizes = self._on(weights.device)
-        return (weights / sizes)[groups]
+        _, groups, scale = self._on(weights.device)
+        return weights[groups] * scale
 
     def members(self, groups: Sequence[int]) -> list[int]:
-        """The ranks of some groups."""
-        return [rank for g in groups for rank in self.groups[g]]
+        """The rows of some groups, and those that are in none."""
+        rows = {row for g in groups for row in self.groups[g]}
+        return sorted(rows.union(self.unused))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Each group's ranks [g, k], padded with n; each rank's group [n]; the sizes [g]."""
+        """Each group's rows [g, k], padded with n; each row's group [n]; its share of it [n]."""
         if device not in self._tables:
-            n, most = sum(self.sizes), max(self.sizes)
+            n, most = len(self._counts), max(map(len, self.groups))
             members = [group + [n] * (most - len(group)) for group in self.groups]
-            place = [0] * n
+            place = np.zeros(n, dtype=np.int64)
             for g, group in enumerate(self.groups):
-                for rank in group:
-                    place[rank] = g
+                place[group] = g
+            share = self._counts / self._totals[place]
             self._tables[device] = (
                 torch.tensor(members, device=device),
                 torch.tensor(place, device=device),
-                torch.tensor(self.sizes, dtype=torch.float64, device=device),
+                torch.tensor(share, dtype=torch.float64, device=device),
             )
         return self._tables[device]

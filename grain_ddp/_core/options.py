@@ -70,10 +70,10 @@ class Options:
                 raise ValueError(
                     f"grain_ddp: {name} must be {expected}, but it is {_short(value)}."
                 )
-        if self.microbatches > 1 and self.groups != "rank":
+        if self.microbatches > 1 and self.groups not in ("rank", "label"):
             raise ValueError(
                 'grain_ddp: microbatches needs groups="rank" (each pass of each rank is a group), '
-                f"but groups is {self.groups!r}."
+                f'or "label", but groups is {self.groups!r}.'
             )
         if self.sketch is not None and (self.microbatches > 1 or self.wire_dtype is not None):
             name = "microbatches" if self.microbatches > 1 else "wire_dtype"
@@ -107,12 +107,12 @@ class Options:
         """Whether the step of that number makes a record."""
         return step >= self.warmup_steps and step % self.record_every == 0
 
-    def kind(self, step: int) -> Kind:
-        """What the step of that number does."""
-        leaves_out = self.guard == "drop"
-        if step < self.warmup_steps and not leaves_out:
+    def kind(self, step: int, counted: bool = False) -> Kind:
+        """What the step of that number does; `counted`: the mean is one over samples."""
+        weighed = counted or self.guard == "drop"
+        if step < self.warmup_steps and not weighed:
             return Kind.PLAIN_MEAN
-        if self.watches and not leaves_out:
+        if self.watches and not weighed:
             return Kind.RECORDED_MEAN if self.records(step) else Kind.PLAIN_MEAN
         per_step = self.scope == "global"
         return Kind.WEIGHTS_PER_STEP if per_step else Kind.WEIGHTS_PER_BUCKET
@@ -134,7 +134,7 @@ def _whole(least: int) -> Callable[[object], bool]:
 
 def _are_groups(value: object) -> bool:
     if isinstance(value, str):
-        return value in ("rank", "node")
+        return value in ("rank", "node", "label")
     if isinstance(value, Sequence):
         lists = all(isinstance(g, Sequence) and not isinstance(g, str) and len(g) for g in value)
         return len(value) > 0 and lists and all(_whole(0)(rank) for g in value for rank in g)
@@ -161,7 +161,10 @@ def _one_of(*values: object) -> Callable[[object], bool]:
 
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scope": (_one_of("global", "bucket"), "'global' or 'bucket'"),
-    "groups": (_are_groups, '"rank", "node", an int >= 1, or a list of lists of ranks'),
+    "groups": (
+        _are_groups,
+        '"rank", "node", "label", an int >= 1, or a list of lists of ranks',
+    ),
     "microbatches": (_whole(1), "an int >= 1"),
     "weighting": (
         lambda v: _is_weighting(v) and _is_no_aggregator(v),

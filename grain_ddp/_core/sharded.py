@@ -140,7 +140,9 @@ class ShardedAggregation:
         """
         try:
             if self._kind is None:
-                self._kind = self.options.kind(self.state.step)
+                inside = self._sketches is not None and self._sketches.inside is not None
+                self.state.batches.agree(self.wire, inside)
+                self._kind = self.state.kind
                 self._marks.begin(self.state.step)
             numbers = None
             if self.options.guard == "drop" and self.options.scope == "bucket":

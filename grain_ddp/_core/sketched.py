@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grain_ddp._core.agreement import GramianSum, Marks
 from grain_ddp._core.columns import Columns
-from grain_ddp._core.groups import Grouping, levels
+from grain_ddp._core.groups import Grouping, in_levels, levels
 from grain_ddp._core.options import Options
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.stages import Bucket, Stages
@@ -71,7 +71,7 @@ class Sketches:
         self.inside: Wire | None = None
         self.across, self.grouping = wire, Grouping(groups)
         self._wire, self._places = wire, Grouping([[rank] for rank in range(wire.size)])
-        if len(set(map(len, groups))) == 1:
+        if in_levels(groups, state):
             self.inside, self.across = levels(groups, wire)
             self.grouping = Grouping([[row] for row in range(len(groups))])
             self._places = Grouping(groups)
@@ -168,6 +168,7 @@ class Sketched(Stages):
         super().__init__(state, marks)
         self.wire, self.rows = wire, len(groups)
         self._sketches = Sketches(state, wire, groups, marks, k)
+        self.inside = self._sketches.inside is not None
         self._plain = Transposed(state, wire, [[rank] for rank in range(wire.size)], marks)
         self.passes = self._plain.passes
         self.drop()

@@ -68,6 +68,9 @@ class Stages(ABC):
 
     passes: Passes
 
+    inside = False
+    """Whether groups average inside of them, before the weights are found."""
+
     lag = 0
     """How many stages come before the rows are exchanged."""
 

@@ -10,7 +10,8 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from grain_ddp._core.options import NAMES, Options
+from grain_ddp._core.batches import Batch, Batches
+from grain_ddp._core.options import NAMES, Kind, Options
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.weighting import Weighting
 from grain_ddp._wire.wire import Wire
@@ -43,7 +44,8 @@ class GrainState:
             registered with, or the default group.
         scope: "global": one weight vector per step, the paper's method. "bucket": one per bucket.
         groups: which ranks form one group, whose mean gradient is one row: "rank", each rank;
-            "node", the ranks of a host; an int k, blocks of k ranks in order; or lists of ranks.
+            "node", the ranks of a host; an int k, blocks of k ranks in order; lists of ranks; or
+            "label", those that give `batch` the same label.
         microbatches: how many backward passes make one step, each pass of each rank a group of its
             own (n·m groups, rank by rank). Run the passes without ``no_sync``: the first m - 1
             leave ``.grad`` at zero, the last leaves the aggregate.
@@ -152,10 +154,35 @@ class GrainState:
             vars(self)[name] = value
         else:
             vars(self)["options"] = replace(self.options, **{name: value})
+            vars(self)["batches"] = Batches(self.options.microbatches)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in NAMES)
         return f"GrainState({options}; step {self.step})"
+
+    def batch(
+        self, label: str | None = None, samples: float | None = None, loss: Any = None
+    ) -> None:
+        """Say what the next backward pass is of: before each one, on every rank; or never.
+
+        Args:
+            label: what kind of batch it is, for ``groups="label"``: ranks, and micro-batches, with
+                the same label are one group.
+            samples: over how many samples, or tokens, its gradient is a mean. A group's gradient is
+                then the mean over its samples, and "mean" that over all. 0: it does not count.
+            loss: its loss, for the record; a number or a tensor with one.
+
+        Passes whose gradients add up before they are aggregated have their samples added.
+
+        Raises:
+            ValueError: a value is none of these, or other ones than in the first step are given.
+        """
+        self.batches.add(Batch(label, samples, loss))
+
+    @property
+    def kind(self) -> Kind:
+        """What the step under way does."""
+        return self.options.kind(self.step, "samples" in self.batches.told)
 
     # Its one owner.
 
@@ -191,6 +218,7 @@ class GrainState:
     def advance(self, record: StepRecord | None) -> None:
         """Complete a step. Called by the aggregation, when the gradients are in place."""
         self.step += 1
+        self.batches.clear()
         if record is not None:
             self.last = record
             if self.options.on_step is not None:
@@ -202,7 +230,8 @@ class GrainState:
         return {"options": self.options, "step": self.step, "last": self.last}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        vars(self).update(values, process_group=None, _owner=None)
+        batches = Batches(values["options"].microbatches)
+        vars(self).update(values, process_group=None, _owner=None, batches=batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Options and step as plain values, without the process group, callables and records."""
@@ -232,5 +261,6 @@ class GrainState:
             raise ValueError(f"grain_ddp: step must be an int >= 0, but it is {step!r}.")
         options = replace(self.options, **values)
         if options != self.options:
-            vars(self).update(options=options, _owner=None)  # the ranks compare them anew
+            # The ranks compare them anew.
+            vars(self).update(options=options, _owner=None, batches=Batches(options.microbatches))
         self.step = step

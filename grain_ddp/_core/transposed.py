@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grain_ddp._core.agreement import GramianSum, Marks
 from grain_ddp._core.columns import Columns
-from grain_ddp._core.groups import Grouping, levels
+from grain_ddp._core.groups import Grouping, in_levels, levels
 from grain_ddp._core.options import Kind
 from grain_ddp._core.passes import Passes
 from grain_ddp._core.scratch import Scratch
@@ -84,11 +84,12 @@ class Transposed(Stages):
         self.rows = len(groups) * m
         self._grouping = Grouping([[row] for row in range(self.rows)])
         self._inside: Wire | None = None
-        if len(set(map(len, groups))) > 1:
-            self._grouping = Grouping(groups)
-        else:
+        if in_levels(groups, state):
             self._inside, wire = levels(groups, wire)
-            self.lag = 0 if self._inside is None else 1
+            self.inside = self._inside is not None
+            self.lag = int(self.inside)
+        elif m == 1:
+            self._grouping = Grouping(groups)
         self.wire = wire
         self._exchanged = wire.size * m  # rows, of which the groups may be made
         self.passes = Passes(wire.size, m)

@@ -40,6 +40,9 @@ class StepRecord:
             the squared norms had in it, in the worst bucket; they were put right, but the inner
             products, in units of ‖gᵢ‖‖gⱼ‖, are about as wrong. None: the Gramian is exact.
         suspects: ranks that stood out since the record before (`guard`, `check_replicas`).
+        labels: of the groups, with ``groups="label"``: all that there have been so far.
+        samples, losses: what `GrainState.batch` was told of each backward pass of the step, rank by
+            rank; None: nothing.
     """
 
     step: int
@@ -51,6 +54,9 @@ class StepRecord:
     dropped: tuple[int, ...] | tuple[tuple[int, ...], ...]
     sketch_error: float | None = field(default_factory=lambda: None)  # not of the class
     suspects: tuple[Suspect, ...] = field(default_factory=tuple)
+    labels: tuple[str, ...] | None = field(default_factory=lambda: None)
+    samples: Array | None = field(default_factory=lambda: None)
+    losses: Array | None = field(default_factory=lambda: None)
 
     @cached_property
     def _total(self) -> tuple[Array, Array, float]:

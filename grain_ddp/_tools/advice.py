@@ -226,7 +226,7 @@ def draw(cluster: Cluster, job: Job, ranks: int, path: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: the file's ending is not that of a picture, or it cannot be written.
     """
-    figure = output.canvas(path, (8, 5))
+    figure = output.canvas(path, (9, 5))
     axis = figure.subplots()
     colors = iter(("tab:red", "tab:blue", "tab:green"))
     color: dict[str, str] = {}  # by groups
@@ -252,7 +252,7 @@ def draw(cluster: Cluster, job: Job, ranks: int, path: Path) -> None:
         f"{cluster.per_host} {_ranks(cluster)} per host"
     )
     axis.grid(alpha=0.3)
-    axis.legend(title="scope, groups")
+    axis.legend(title="scope, groups", loc="upper left", bbox_to_anchor=(1.01, 1))
     output.save(figure, path, figures(curves))
 
 

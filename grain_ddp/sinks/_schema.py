@@ -27,8 +27,9 @@ def line_of(record: StepRecord, run: str) -> str:
     """One line, with the name of the run that writes it."""
     values = {name: _plain(getattr(record, name)) for name in FIELDS}
     values["suspects"] = [asdict(suspect) for suspect in record.suspects]
-    if not record.suspects:
-        del values["suspects"]
+    for name, default in FIELDS.items():  # most records have none of these
+        if default is not MISSING and values[name] in (None, []):
+            del values[name]
     values = {"step": values.pop("step"), "run": run, **values}
     try:
         return json.dumps(values, allow_nan=False) + "\n"
@@ -118,7 +119,30 @@ def _record(values: dict[str, Any], where: str) -> StepRecord:
         active=each("active", f"a list of groups from 0 to {n - 1}", groups),
         dropped=each("dropped", f"a list of groups from 0 to {n - 1}", groups),
         suspects=_suspects(values.get("suspects", FIELDS["suspects"]), where),
+        sketch_error=_said(values, "sketch_error", (), where),
+        labels=_labels(values.get("labels"), n, where),
+        samples=_said(values, "samples", (None,), where),
+        losses=_said(values, "losses", (None,), where),
     )
+
+
+def _said(values: dict[str, Any], name: str, shape: tuple[int | None, ...], where: str) -> Any:
+    """A number, or a row of them; or None."""
+    if values.get(name) is None:
+        return None
+    found = _numbers(values, name, where)
+    if found.ndim != len(shape):
+        _fail(where, name, "a list of numbers" if shape else "a number", values[name])
+    return found if shape else float(found)
+
+
+def _labels(value: Any, n: int, where: str) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    whole = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if not whole or len(value) != n:
+        _fail(where, "labels", f"a list of {n} texts", value)
+    return tuple(value)
 
 
 _SUSPECT: dict[str, Callable[[Any], bool]] = {

@@ -1,0 +1,211 @@
+"""What ranks say of their batches: labels that make groups, samples that count, losses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run
+from oracle import min_norm_point, min_norm_weights
+from ranks import relative_error
+from torch import Tensor
+from ways import play, values
+
+from grain_ddp import GrainState, StepRecord
+from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.sharded import ShardedAggregation
+from grain_ddp._wire.torch_wire import TorchWire
+from grain_ddp._wire.wire import Wire
+
+LENGTHS = [7, 500, 31]
+
+
+def gradient(rank: int, bucket: int, number: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * number + 100 * bucket + rank)
+    return torch.randn(LENGTHS[bucket], generator=generator) + 0.2
+
+
+def rows(n: int, number: int = 0) -> Tensor:
+    """Of each rank, in float64."""
+    every = [torch.cat([gradient(r, b, number) for b in range(len(LENGTHS))]) for r in range(n)]
+    return torch.stack(every).double()
+
+
+def train(
+    wire: Wire, options: dict[str, Any], said: list[list[dict[str, Any] | None]], empty: int = -1
+) -> tuple[list[Tensor], list[StepRecord | None]]:
+    """Steps of one pass, or of m, in which rank r says ``said[pass][r]``; results and records."""
+    state = GrainState(**options)
+    aggregation = Aggregation(state, wire)
+    results, records = [], []
+    for number, ranks in enumerate(said):
+        batch = ranks[wire.rank]
+        if batch is not None:
+            state.batch(**batch)
+        buffers = [gradient(wire.rank, b, number) for b in range(len(LENGTHS))]
+        if wire.rank == empty:
+            buffers[0][0] = float("nan")  # the mean over nothing
+        for buffer in buffers:
+            aggregation.push(buffer)
+        records.append(aggregation.finish())
+        results.append(torch.cat(buffers))
+    return results, records
+
+
+def grouped(every: Tensor, groups: list[list[int]], counts: list[float]) -> Tensor:
+    c = torch.tensor(counts, dtype=torch.float64)
+    means = [(every[g] * c[g, None]).sum(0) / c[g].sum() for g in groups]
+    return torch.from_numpy(min_norm_point(torch.stack(means)))
+
+
+@pytest.mark.parametrize("way", ["threads", "network"])
+@pytest.mark.parametrize("sketch", [None, 4096])
+def test_labels_make_groups_step_by_step(way: str, sketch: int | None) -> None:
+    said: list[list[dict[str, Any] | None]] = [
+        [{"label": "math", "samples": 5}, {"label": "code", "samples": 2},
+         {"label": "math", "samples": 1}, {"label": "Prosa, é", "samples": 4}],
+        [{"label": "code", "samples": 5}, {"label": "code", "samples": 2},
+         {"label": "math", "samples": 1}, {"label": "math", "samples": 3}],
+    ]  # fmt: skip
+    options = {"groups": "label", "sketch": sketch}
+    found = values(way, 4, train, options, said)
+    (first, second), records = found[0]
+    assert all(torch.equal(one[0][k], found[0][0][k]) for one in found for k in range(2))
+    groups = [[0, 2], [1], [3]]
+    assert relative_error(first, grouped(rows(4), groups, [5, 2, 1, 4])) < 1e-5
+    assert relative_error(second, grouped(rows(4, 1), [[2, 3], [0, 1]], [5, 2, 1, 3])) < 1e-5
+    assert records[0].labels == records[1].labels == ("math", "code", "Prosa, é")
+    assert records[1].weights[2] == 0  # absent
+    assert records[1].active == (0, 1)
+    assert records[0].samples.tolist() == [5, 2, 1, 4]
+    assert records[0].losses is None
+
+
+@pytest.mark.parametrize("scope", ["global", "bucket"])
+@pytest.mark.parametrize("sketch", [None, 4096])
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+def test_the_mean_over_samples(scope: str, sketch: int | None, nonfinite: str) -> None:
+    counts = [3.0, 1.0, 0.0]
+    said: list[list[dict[str, Any] | None]] = [[{"samples": c} for c in counts]] * 2
+    options = {"weighting": "mean", "scope": scope, "sketch": sketch, "nonfinite": nonfinite}
+    (_, last), records = values("threads", 3, train, options, said, 2)[0]
+    expected = (rows(3, 1)[:2] * torch.tensor([[0.75], [0.25]], dtype=torch.float64)).sum(0)
+    assert relative_error(last, expected) < 1e-6
+    np.testing.assert_allclose(np.atleast_2d(records[1].weights)[0], [0.75, 0.25, 0], atol=1e-12)
+
+
+def test_samples_take_the_length_of_a_batch_out_of_the_weights() -> None:
+    """Of groups of ranks, whose means are over their samples."""
+    said: list[list[dict[str, Any] | None]] = [[{"samples": c} for c in (3, 1, 2, 2)]]
+    (result, *_), _ = values("threads", 4, after_the_first, {"groups": 2}, said)[0]
+    assert relative_error(result, grouped(rows(4), [[0, 1], [2, 3]], [3, 1, 2, 2])) < 1e-5
+
+
+def after_the_first(wire: Wire, options: dict[str, Any], said: Any) -> Any:
+    """The state says what it says before it is first used."""
+    state = GrainState(**options)
+    state.batch(**said[0][wire.rank])
+    aggregation = Aggregation(state, wire)
+    buffers = [gradient(wire.rank, b) for b in range(len(LENGTHS))]
+    for buffer in buffers:
+        aggregation.push(buffer)
+    record = aggregation.finish()
+    return [torch.cat(buffers)], [record]
+
+
+def sharded(sketch: int | None, said: list[list[dict[str, Any]]]) -> list[float]:
+    """What each owner gets of the aggregate, step by step: the errors."""
+    wire = TorchWire(dist.group.WORLD)
+    state, errors = GrainState(groups="label", sketch=sketch), []
+    aggregation = ShardedAggregation(state, wire)
+    labels: list[str] = []
+    for number, ranks in enumerate(said):
+        state.batch(**ranks[wire.rank])
+        whole = torch.cat([gradient(wire.rank, b, number) for b in range(len(LENGTHS))])
+        parts = whole.tensor_split(wire.size)
+        aggregation.push([[part] for part in parts])
+        record = aggregation.finish()
+        labels += [one["label"] for one in ranks if one["label"] not in labels]
+        groups = [[i for i, one in enumerate(ranks) if one["label"] == label] for label in labels]
+        counts = [one["samples"] for one in ranks]
+        best = grouped(rows(wire.size, number), list(filter(None, groups)), counts)
+        errors.append(relative_error(parts[wire.rank], best.tensor_split(wire.size)[wire.rank]))
+        assert record is not None
+        assert record.labels == tuple(dict.fromkeys(labels))
+    return errors
+
+
+@pytest.mark.parametrize("sketch", [None, 4096])
+def test_labels_where_gradients_are_sharded(sketch: int | None) -> None:
+    said = [
+        [
+            {"label": label, "samples": samples}
+            for label, samples in zip(step, (1, 2, 3), strict=True)
+        ]
+        for step in ("aba", "bca")
+    ]
+    assert max(max(errors) for errors in run(3, sharded, sketch, said)) < 1e-5
+
+
+def test_micro_batches_with_labels() -> None:
+    said: list[list[dict[str, Any] | None]] = [
+        [{"label": "a", "loss": 1.5}, {"label": "b", "loss": torch.tensor(2.0)}],
+        [{"label": "b", "loss": 3}, {"label": "b", "loss": float("nan")}],
+    ]
+    options = {"groups": "label", "microbatches": 2}
+    (_, result), (_, record) = values("threads", 2, train, options, said)[0]
+    one, two = rows(2), rows(2, 1)
+    expected = min_norm_point(torch.stack([one[0], (one[1] + two[0] + two[1]) / 3]))
+    assert relative_error(result, torch.from_numpy(expected)) < 1e-5
+    assert record.labels == ("a", "b")
+    np.testing.assert_array_equal(record.losses, [1.5, 3, 2, float("nan")])  # rank by rank
+
+
+def test_losses_alone_change_nothing() -> None:
+    said: list[list[dict[str, Any] | None]] = [[{"loss": 1.0}, {"loss": 2.0}]]
+    (result,), (record,) = values("threads", 2, train, {}, said)[0]
+    assert relative_error(result, torch.from_numpy(min_norm_weights(rows(2))) @ rows(2)) < 1e-5
+    assert record.losses.tolist() == [1, 2]
+    assert record.labels is None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([[{"label": "a"}, None]], "what state.batch tells must be the same on every rank"),
+        ([[{"label": "a"}, {"samples": 1}]], "what state.batch tells must be the same"),
+        ([[{"label": "a"}] * 2, [{"label": "a"}, None]], r"on ranks \[1\] it was not called"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_says_something_else_is_an_error_on_all(said: Any, expected: str) -> None:
+    for outcome in play("threads", 2, train, {"groups": "label"}, said):
+        assert outcome.error is not None
+        assert "ValueError: grain_ddp: " in outcome.error
+        assert re.search(expected, outcome.error)
+
+
+def test_what_is_said_is_checked() -> None:
+    state = GrainState()
+    for wrong in (
+        {"label": ""},
+        {"label": "é" * 25},
+        {"label": 3},
+        {"samples": -1},
+        {"samples": True},
+        {"samples": float("nan")},
+        {"loss": "low"},
+        {"loss": torch.ones(2)},
+    ):
+        with pytest.raises(ValueError, match=f"grain_ddp: .*{next(iter(wrong))}"):
+            state.batch(**wrong)  # type: ignore[arg-type]
+    state.batch(label="a", samples=1)
+    state.batch(label="a", samples=2.5)  # the gradients of both add up
+    with pytest.raises(ValueError, match="has one label, but its passes have 'a' and 'b'"):
+        state.batch(label="b", samples=1)
+    with pytest.raises(ValueError, match="it told label and samples, and now loss"):
+        state.batch(loss=1)
