@@ -57,8 +57,9 @@ class Replay:
             return " ".join(map(str, self.suspects))
         how = "bit by bit" if self.deterministic else "within what two runs on one rank differ by"
         return (
-            f"All ranks agree, {how}: no machine computes wrongly now. What stood out was the batch, "
-            "or a fault that came and went: run the step again, and see whether it stands out again."
+            f"All ranks agree, {how}: no machine computes wrongly now. What stood out was the "
+            "batch, or a fault that came and went: run the step again, and see whether it stands "
+            "out again."
         )
 
 
