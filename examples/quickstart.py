@@ -37,6 +37,10 @@ RATES = (0.1, 0.2, 0.4, 0.8, 1.6)
 NOISE = {"clean labels": 0.0, "30 % wrong labels": 0.3}
 METHODS = {"mean": "mean", "GRAIN": "min_norm"}  # name here: the weighting it stands for
 CHOSEN = 0.8  # what --tune finds for every kind of labels and method, with 300 steps
+ADVICE = (
+    "Wrong labels or a broken worker are where it can help; where workers' data differ it harms.\n"
+    "When, with which rule and which cap: docs/does-it-help.md"
+)
 COLORS = {"mean": "tab:gray", "GRAIN": "tab:blue"}
 
 
@@ -313,7 +317,7 @@ def main() -> None:
         print(f"{title}\n")
         print(table(results, rates, plain))
         draw(results, rates, every, steps, title, options.out)
-        print(f"\n{conclude(results)}\nPicture: {options.out}")
+        print(f"\n{conclude(results)}\n{ADVICE}\nPicture: {options.out}")
     # Nobody leaves early: at exit gloo's threads must be done with plain DDP's last all-reduce.
     dist.barrier()
     dist.destroy_process_group()

@@ -17,8 +17,10 @@ from ranks import SIZES, relative_error, same_everywhere
 
 import grain_ddp._core.transposed as transposed
 from grain_ddp._core.aggregation import Aggregation
+from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import StepRecord
+from grain_ddp._wire import thread_wire
 from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp._wire.wire import cut
 from grain_ddp.simulation import simulate
@@ -295,6 +297,22 @@ def test_other_options_on_another_rank_are_an_error_on_all(name: str, values: li
         assert outcome.error is not None
         assert f"ValueError: grain_ddp: {name} must be the same on every rank" in outcome.error
         assert f"this is rank {outcome.rank}" in outcome.error
+
+
+def too_few(wire: Any, kind: str) -> None:
+    options = {"microbatches": 2} if kind == "microbatches" else {}
+    made = ShardedAggregation if kind == "sharded" else Aggregation
+    made(GrainState(weighting="multi_krum", **options), wire)  # no step is made
+
+
+@pytest.mark.parametrize("kind", ["whole", "microbatches", "sharded"])
+def test_too_few_groups_for_krum_are_refused_before_a_step(kind: str) -> None:
+    n = 2 if kind == "microbatches" else 4
+    for error in thread_wire.run(n, too_few, kind):
+        assert "needs at least 5 groups" in str(error)
+        assert "there are 4" in str(error)
+    assert thread_wire.run(5, too_few, kind) == [None] * 5
+    assert thread_wire.run(1, too_few, "whole") == [None]  # the identity
 
 
 def raise_in_weighting(gramian: torch.Tensor) -> torch.Tensor:

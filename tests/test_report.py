@@ -24,6 +24,7 @@ from grain_ddp._math.weighting import weigh
 from grain_ddp._tools import gather, history
 from grain_ddp._tools.findings import findings, summary, verdict
 from grain_ddp._tools.gather import Gathering, run_of
+from grain_ddp._tools.history import Run
 from grain_ddp._tools.page import page
 from grain_ddp._tools.panels import panels
 from grain_ddp._tools.picture import draw
@@ -204,6 +205,31 @@ def test_one_record_is_not_a_verdict() -> None:
     assert "Verdict: Too early to tell: 1 record of 10." in text
     assert "conflict" not in text
     assert "noise scale is" not in text
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_one_group_that_all_but_decides_is_told_with_the_option(n: int) -> None:
+    """A short gradient gets nearly all of the weight; with the cap that is named, it does not."""
+    rows = gradients(n=n)
+    rows[: len(rows) // 2, 3 % n] *= 0.01  # in half of the steps
+    watched = run_of(records_of(rows))
+
+    def run_with(cap: float | None) -> Run:
+        found = [weigh(g @ g.T, "min_norm", cap=cap) for g in rows]
+        return run_of(
+            StepRecord(k, w.gramian, w.weights, w.gap, w.status, w.active, ())
+            for k, w in enumerate(found)
+        )
+
+    ruled, bounded = run_with(None), run_with(1.5)
+    for made, level, had in ((watched, None, "would have had"), (ruled, "look", "had")):
+        (found,) = [f for f in findings(made) if "all but decides" in f.text]
+        assert found.text.startswith(f"In 50 % of the records one group {had} more than 0.6")
+        assert "cap=1.5" in found.text
+        assert 'weighting="upgrad"' in found.text
+        assert found.level == level
+    for made in (bounded, run_of(records_of(gradients(n=n)))):
+        assert not any("all but decides" in f.text for f in findings(made))
 
 
 def test_verdicts() -> None:

@@ -229,9 +229,16 @@ def test_rules_by_name() -> None:
     gramian = rows @ rows.T
     np.testing.assert_array_equal(weigh(gramian, "upgrad").weights, upgrad(gramian))
     np.testing.assert_array_equal(weigh(gramian, "krum").weights, krum(gramian))
+    several = weigh(gramian, "multi_krum")
+    np.testing.assert_array_equal(several.weights, krum(gramian, selected=5))
+    assert several.status == "multi_krum"
     for cap in (None, 1.5, 3):
         expected, _ = normalized_min_norm(gramian, cap)
         found = weigh(gramian, "min_norm", normalize=True, cap=cap).weights
         np.testing.assert_array_equal(found, expected)
     with_absent = np.pad(gramian, (0, 1))
-    assert weigh(with_absent, "upgrad").weights[-1] == 0
+    for name in ("upgrad", "krum", "multi_krum"):
+        assert weigh(with_absent, name).weights[-1] == 0
+    for n in (1, 2, 3, 4):  # groups may be absent in some steps
+        for name in ("krum", "multi_krum"):
+            assert weigh(gramian[:n, :n], name).weights.sum() == pytest.approx(1)

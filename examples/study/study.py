@@ -1,7 +1,7 @@
 """Does it help? Many small trainings with n simulated workers, for `protocol.md` beside this file.
 
-    python examples/study/study.py            # goes on where it stopped; about an hour on one core
-    python examples/study/analyse.py          # table and pictures from results/
+    python examples/study/study.py      # goes on where it stopped; about two hours on one core
+    python examples/study/analyse.py    # tables and pictures from results/
 
 All runs of a cell (seeds × learning rates) are trained at once, as one batch of small matrices; the
 gradients of the workers, their Gramian and the weights are those of data-parallel training.
@@ -75,16 +75,17 @@ RULES: dict[str, Rule] = {
     "upgrad": upgrad,
     "krum": krum,
     "multi-krum": lambda G: krum(G, selected=len(G) - 1),
+    "cap 2, robust loss": lambda G: min_norm(G, cap=2).weights,
     "clip workers": clip_workers,
 }
-LOSSES = {"robust loss": "robust", "label smoothing": "smooth"}
-METHODS = [
-    "mean",
-    *(rule for rule in RULES if rule != "multi-krum"),
-    "gate",
-    "clip global",
-    *LOSSES,
-]
+LOSSES = {
+    "robust loss": "robust",
+    "label smoothing": "smooth",
+    "cap 2, robust loss": "robust",
+}
+LATER = ["multi-krum", "cap 2, robust loss"]  # exploratory: see protocol.md
+METHODS = ["mean", *RULES, "gate", "clip global", "robust loss", "label smoothing"]
+METHODS = [method for method in METHODS if method not in LATER]
 FEWER = ["mean", "min_norm", "cap 1.5", "cap 2", "normalize", "inverse_norm", "upgrad"]
 FEWER += ["krum", "robust loss"]
 
@@ -189,8 +190,16 @@ def slope(out: Tensor, y: Tensor, loss: str) -> Tensor:
 # --- training and testing ---------------------------------------------------------------------
 
 
-def train(cell: Cell, seeds: Sequence[tuple[int, int]], rates: Sequence[float]) -> dict[str, Any]:
-    """Train all (seed, rate) pairs given as two lists of one length; scores ``[runs]`` by name."""
+def train(
+    cell: Cell,
+    seeds: Sequence[tuple[int, int]],
+    rates: Sequence[float],
+    watch: Callable[[np.ndarray], object] = lambda gramians: None,
+) -> dict[str, Any]:
+    """Train all (seed, rate) pairs given as two lists of one length; scores ``[runs]`` by name.
+
+    `watch` is called with each step's Gramians ``[runs, n, n]``.
+    """
     splits = {s: split(cell.task, cell.setting, s, cell.workers) for s, _ in seeds}
     data = [splits[s] for s, _ in seeds]
     x, y = torch.stack([d.x for d in data]), torch.stack([d.y for d in data])
@@ -213,6 +222,7 @@ def train(cell: Cell, seeds: Sequence[tuple[int, int]], rates: Sequence[float]) 
             J[:, 0] *= -1
         wide = J.double()
         G = (wide @ wide.transpose(1, 2)).numpy()
+        watch(G)
         w = weights_of(cell.method, G, gate)
         with np.errstate(all="ignore"):
             uniform = np.full(n, 1 / n)
@@ -307,8 +317,9 @@ def cells() -> Iterator[Cell]:
         ("digits", ["clean", "wrong labels", "by class", "bad worker"], 8, 16, "sgd", FEWER),
         ("diabetes", ["clean", "heavy tails"], 4, 4, "sgd", FEWER),
         ("minilm", ["clean", "wrong labels"], 4, 16, "adamw", FEWER),
-        ("digits", whole, 8, 4, "sgd", ["multi-krum"]),
+        ("digits", whole, 8, 4, "sgd", LATER),
         ("diabetes", ["clean", "heavy tails"], 8, 4, "sgd", ["multi-krum"]),
+        ("minilm", ["clean", "wrong labels", "by class", "bad worker"], 8, 4, "adamw", LATER),
     ):
         for setting in settings:
             for method in methods:

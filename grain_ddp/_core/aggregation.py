@@ -21,7 +21,7 @@ from grain_ddp._core.stages import Bucket, Stages
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.transposed import Transposed
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import uniform
+from grain_ddp._math.weighting import check_groups, uniform
 from grain_ddp._wire.wire import Wire
 
 
@@ -50,6 +50,7 @@ class Aggregation:
         else:
             self._stages = Sketched(state, wire, groups, self._marks, k)
         self.wire, self.size = self._stages.wire, self._stages.rows
+        check_groups(self.options.weighting, self.size)
         self._passes = self._stages.passes
         self._stream: torch.cuda.Stream | None = None
         self.drop()

@@ -24,11 +24,11 @@ from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.sketched import Exchange, Sketches, sketch_size
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
-from grain_ddp._core.views import Views, length, part, read, write
+from grain_ddp._core.views import Views, length, matrix, part, read, write
 from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.sketch import Sketch
-from grain_ddp._math.weighting import uniform
+from grain_ddp._math.weighting import check_groups, uniform
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -108,6 +108,7 @@ class ShardedAggregation:
         state.bind(owner or self, wire)
         self.state, self.options, self.wire, self.scale = state, options, wire, scale
         groups, k = partition(options.groups, wire), sketch_size(options, wire)
+        check_groups(options.weighting, len(groups))
         self._grouping, self._marks = Grouping(groups), Marks()
         self._sketches = Sketches(state, wire, groups, self._marks, k) if k else None
         self._limit = int(min(scratch, SCRATCH_BYTES))
@@ -222,7 +223,7 @@ class ShardedAggregation:
                     slots,
                     narrow=self.options.narrow(like.dtype),
                     total=bucket.gramian,
-                    home=_matrix(slots),
+                    home=matrix(slots),
                 )
             )
             bucket.columns[-1].send(self._scratch, self._limit)
@@ -339,21 +340,3 @@ class ShardedAggregation:
             self.wire.exchange(send, receive).wait()
         for views, values in zip(take, receive, strict=True):
             write(views, values)
-
-
-def _matrix(slots: Sequence[Views]) -> Tensor | None:
-    """The slots as one matrix [n, c], where they lie so: equally long, and equally far apart."""
-    if len(slots) < 2 or any(len(views) != 1 for views in slots):
-        return None
-    views = [one for (one,) in slots]
-    first, step = views[0], views[1].data_ptr() - views[0].data_ptr()
-    whole, odd = divmod(step, first.itemsize)
-    if odd or whole < len(first) or any(len(view) != len(first) for view in views):
-        return None
-    pointers = [first.data_ptr() + step * i for i in range(len(views))]
-    memory = first.untyped_storage().data_ptr()
-    if [view.data_ptr() for view in views] != pointers or any(
-        view.untyped_storage().data_ptr() != memory for view in views
-    ):
-        return None
-    return first.as_strided((len(views), len(first)), (whole, 1))

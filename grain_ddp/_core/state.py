@@ -51,7 +51,8 @@ class GrainState:
             leave ``.grad`` at zero, the last leaves the aggregate.
         weighting: "min_norm", "mean", "inverse_norm" (wᵢ ∝ 1/‖gᵢ‖²), "upgrad" (each gradient
             projected so that it opposes none, then the mean), "krum" (one gradient, the one nearest
-            to the others: for one broken group), or a callable from a float64 CPU Gramian
+            to the others) and "multi_krum" (the mean of all but one, which is the farthest from the
+            others: for one broken group of at least five), or a callable from a float64 CPU Gramian
             ``[n, n]`` to weights ``[n]``. See `grain_ddp.weighting.weigh`.
         cap: with "min_norm", no group weighs more than cap/n. None: no bound; 1: the mean.
         normalize: with "min_norm", the hull of unit gradients: its weights over the norms, scaled

@@ -95,21 +95,14 @@ def krum(gramian: Array, f: int = 1, selected: int = 1) -> Array:
 
     Blanchard et al., "Machine Learning with Adversaries" (NeurIPS 2017): the score is the sum of
     squared distances to those others. It withstands f broken groups of n >= 2f + 3. Krum selects
-    one, multi-Krum n − f: with noisy gradients the one is often just the shortest.
-
-    Raises:
-        ValueError: n < f + 3, where no group has a neighbour to be near to.
+    one, multi-Krum n − f: with noisy gradients the one is often just the shortest. Of n < f + 3
+    (some may be absent) the nearest other one counts.
     """
     n = len(gramian)
-    if n < f + 3:
-        raise ValueError(
-            f"grain_ddp: krum for f = {f} broken groups needs at least f + 3 = {f + 3} groups"
-            f" (2f + 3 to withstand them), but only {n} have a gradient."
-        )
     squares = np.diagonal(gramian)
     distances = np.maximum(squares + squares[:, None] - 2 * gramian, 0.0)
     np.fill_diagonal(distances, 0.0)
-    scores = np.sort(distances, axis=1)[:, 1 : n - f - 1].sum(1)
+    scores = np.sort(distances, axis=1)[:, 1 : max(n - f - 1, 2)].sum(1)
     weights = np.zeros(n)
     weights[scores.argsort(kind="stable")[:selected]] = 1 / selected
     return weights

@@ -25,6 +25,7 @@ class Status(str, Enum):
     INVERSE_NORM = "inverse_norm"
     UPGRAD = "upgrad"
     KRUM = "krum"
+    MULTI_KRUM = "multi_krum"
     CUSTOM = "custom"
     ABSENT = "zero: every gradient is zero"
     NOT_FINITE = "not finite: a gradient has NaN or inf, which was propagated"

@@ -159,13 +159,21 @@ def _krum(gramian: Array, cap: float | None) -> tuple[Array, Status]:
     return krum(gramian), Status.KRUM
 
 
+def _multi_krum(gramian: Array, cap: float | None) -> tuple[Array, Status]:
+    return krum(gramian, selected=max(len(gramian) - 1, 1)), Status.MULTI_KRUM
+
+
 RULES: dict[str, Callable[[Array, float | None], tuple[Array, Status]]] = {
     "min_norm": _min_norm,
     "mean": _mean,
     "inverse_norm": _inverse_norm,
     "upgrad": _upgrad,
     "krum": _krum,
+    "multi_krum": _multi_krum,
 }
+
+KRUM_FEWEST = 5
+"""Groups that Krum needs: 2f + 3 for f = 1 broken one (Blanchard et al. 2017)."""
 
 ON_DEVICE = ("min_norm", "mean", "inverse_norm")
 """Rules that the GPU can do by itself."""
@@ -210,6 +218,20 @@ def weigh(
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule, left_out)
+
+
+def check_groups(weighting: Weighting, n: int) -> None:
+    """Whether a rule can do anything for n groups. One group is its own aggregate.
+
+    Raises:
+        ValueError: it needs more of them.
+    """
+    if weighting in ("krum", "multi_krum") and 1 < n < KRUM_FEWEST:
+        raise ValueError(
+            f"grain_ddp: weighting={weighting!r} needs at least {KRUM_FEWEST} groups to tell a "
+            f"broken one from the others, but there are {n}. Run more ranks or smaller groups, or "
+            'set weighting="min_norm" with cap=1.5.'
+        )
 
 
 def weigh_tensor(

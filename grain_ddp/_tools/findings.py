@@ -12,7 +12,9 @@ import numpy as np
 
 from grain_ddp._math.record import Array
 from grain_ddp._math.suspect import WHAT
+from grain_ddp._tools.dominance import HEAVY, MANY, SHORT, ruled
 from grain_ddp._tools.history import FEWEST, ORDINARY, SOLVED, Run, parts_of, standing_out
+from grain_ddp._tools.quantities import percent, shown
 
 BAD, LOOK, FINE, UNKNOWN = "bad", "look", "fine", "unknown"
 """How it is with a run: something is wrong; look at it; nothing stands out; nobody can say."""
@@ -256,6 +258,18 @@ def _grain(run: Run) -> Iterator[Finding]:
             f"average, where the mean gives {fair:.2g}. It favours short gradients, of data that "
             "the model fits already.",
         )
+    if ruled(run) >= MANY:
+        had = "had" if run.min_norm else "would have had"
+        said = f"one group {had} more than {HEAVY} of GRAIN's weight, or the step {was} shorter"
+        yield Finding(
+            "weights",
+            f"In {percent(ruled(run))} of the records {said} than {SHORT} of the mean's: one group "
+            "all but decides. Trainings like that did worse than the mean's more often than better "
+            '(documentation, "Does it help?"). Set cap=1.5, or weighting="upgrad", which stays as '
+            "long as the mean where nothing conflicts; or stay with the mean.",
+            LOOK if run.min_norm else None,
+            "One group all but decides GRAIN's step",
+        )
     zero = int((~(grain.norms > 0)).sum())
     if not run.min_norm and zero:
         yield Finding(
@@ -307,11 +321,11 @@ def numbers(run: Run) -> dict[str, tuple[str, str]]:
     name = "GRAIN" if run.min_norm else "GRAIN, if it had been in charge"
 
     def both(values: Array, reduced: Any) -> tuple[str, str]:
-        early, late = (_shown(reduced(values[part])) for part in parts)
+        early, late = (shown(reduced(values[part])) for part in parts)
         return early, late
 
     def of_grain(values: Array, reduced: Any) -> tuple[str, str]:
-        early, late = (_shown(reduced(v)) for v in parts_of(values, grain.at, total, parts))
+        early, late = (shown(reduced(v)) for v in parts_of(values, grain.at, total, parts))
         return early, late
 
     return {
@@ -322,20 +336,11 @@ def numbers(run: Run) -> dict[str, tuple[str, str]]:
         f"groups opposed by {name}": of_grain(grain.opposed, np.mean),
         f"largest weight of {name}": of_grain(grain.weights.max(1), np.mean),
         "noise scale, batches of one group": (
-            _shown(run.noise_scale(parts[0])),
-            _shown(run.noise_scale(parts[1])),
+            shown(run.noise_scale(parts[0])),
+            shown(run.noise_scale(parts[1])),
         ),
         "duality gap over mean squared norm, largest": both(run.gaps, np.max),
     }
-
-
-def _shown(value: Any) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"
-
-
-def percent(share: Any) -> str:
-    """Of 0.153: "15 %"."""
-    return f"{100 * float(share):.0f} %"
 
 
 def count(number: int, what: str) -> str:

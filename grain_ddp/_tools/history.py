@@ -35,6 +35,7 @@ RULES: dict[str, str] = {
     Status.INVERSE_NORM: "inverse_norm",
     Status.UPGRAD: "UPGrad",
     Status.KRUM: "Krum",
+    Status.MULTI_KRUM: "multi-Krum",
     Status.CUSTOM: "a custom weighting",
 }
 ORDINARY = {*RULES, Status.OPTIMAL, Status.CAPPED, Status.ROUNDED, Status.NOT_FINITE}

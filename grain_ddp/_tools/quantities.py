@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 LEAST, MOST = 1e-18, 1e24
 """Of a quantity: beyond, its square would leave float64, and nothing has such a size."""
@@ -99,3 +101,13 @@ def overhead_words(value: float) -> str:
     if value >= 10:
         return f"{value + 1:,.0f} times" if value < 1e9 else f"{value:.0e} times"
     return f"{100 * value:.1f} %" if abs(value) >= 5e-4 else "0 %"
+
+
+def percent(share: Any) -> str:
+    """Of 0.153: "15 %"."""
+    return f"{100 * float(share):.0f} %"
+
+
+def shown(value: Any) -> str:
+    """Three digits; of NaN a dash."""
+    return "-" if math.isnan(value) else f"{value:.3g}"
