@@ -49,7 +49,8 @@ class Trial:
 
     faults: list[Fault] = field(default_factory=list)
     steps: int = 0
-    alarms: int = 0
+    alarms: int = 0  # of the guard
+    past: int = 0  # sound steps with a largest entry over 10 x its own past
     norm: list[float] = field(default_factory=list)  # the z score of each sound step
 
 
@@ -123,6 +124,7 @@ def trial(task: Task, workers: int, steps: int, per_step: int, seed: int) -> Tri
         found.alarms += len(history.look(rows[:, 0], rows[:, 1]))
         if step >= FIRST:
             found.norm.append(float(norm.apart(logs(np.array(size))) / np.sqrt(norm.square)))
+            found.past += bool(past.apart(logs(rows[:, 0])).max() > math.log(10))
         norm.learn(logs(np.array(size)))
         past.learn(logs(rows[:, 0]))
         found.steps += 1
@@ -172,34 +174,32 @@ def persistent(task: Task, workers: int, factor: float, part: str, steps: int) -
     return None
 
 
+def tell(name: str, found: Trial) -> None:
+    right = [one.right for one in found.faults if one.guard]
+    print(f"\n{name}, {found.steps} sound steps: {found.alarms} false alarms", end="")
+    print(f" (10 x own past: {found.past}), the right worker in {sum(right)} of {len(right)}")
+    print("\n".join(table(found)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     parser.add_argument("--workers", type=int, nargs="*", default=[4, 8, 32])
-    quick = parser.parse_args().quick
-    workers = parser.parse_args().workers
+    options = parser.parse_args()
+    quick, workers = options.quick, options.workers
     torch.set_num_threads(1)
     print("Transient: | moved by | faults | guard | norm's z | 10 x own past | 100 x own past |")
     for n in workers:
-        steps = FIRST + (10 if quick else 60_000 // (10 * n) if n > 8 else 600)
+        steps = FIRST + (10 if quick else 4800 // max(n, 8))
         found = trial(characters(0), n, steps, 6, seed=n)
-        right = [one.right for one in found.faults if one.guard]
-        print(
-            f"\ncharacters, {n} workers: {found.alarms} false alarms in {found.steps} steps;",
-            end=" ",
-        )
-        print(f"the right worker in {sum(right)} of {len(right)}")
-        print("\n".join(table(found)), flush=True)
-    print("\nSound steps of other tasks, 4 workers: false alarms")
+        tell(f"characters, {n} workers", found)
+    print("\nFive tasks, 4 workers")
     total = alarms = 0
     for name, make in TASKS.items():
         steps = FIRST + (10 if quick else 3850)
         found = trial(make(1), 4, steps, 0 if quick else 1, seed=1)
         total, alarms = total + found.steps, alarms + found.alarms
-        right = [one.right for one in found.faults if one.guard]
-        print(f"\n{name}: {found.alarms} in {found.steps};", end=" ")
-        print(f"the right worker in {sum(right)} of {len(right)}")
-        print("\n".join(table(found)), flush=True)
+        tell(name, found)
     print(f"\nin all {alarms} in {total}")
     print("\nPersistent, 8 workers: named after so many steps")
     for factor, part in ((1.01, "one"), (1.05, "one"), (1.05, "all"), (1.2, "all")):

@@ -40,8 +40,8 @@ class Replay:
     """What came out when batches were computed again; the same on every rank.
 
     Attributes:
-        machine: whether a machine is to blame. Otherwise all agree: what stood out, if anything
-            did, was the batch.
+        machine: whether a machine is to blame. Otherwise all agree now: what stood out, if anything
+            did, was the batch, or a fault that came once.
         suspects: the ranks that computed what others did not, or not the same twice. Where two
             ranks differ and there is no third, both.
         deterministic: whether every sound rank had the same bits twice. If not, gradients were
@@ -56,7 +56,11 @@ class Replay:
         if self.machine:
             return " ".join(map(str, self.suspects))
         how = "bit by bit" if self.deterministic else "within what two runs on one rank differ by"
-        return f"All ranks agree, {how}: no machine stands out, look at the batch."
+        return (
+            f"All ranks agree, {how}: no machine computes wrongly now. What stood out was the "
+            "batch, or a fault that came and went: run the step again, and see whether it stands "
+            "out again."
+        )
 
 
 def replay(

@@ -9,7 +9,6 @@ WHAT = {
     "nonfinite": "has a NaN or inf in its gradient",
     "peak": "has an entry in its gradient that is far too large",
     "norm": "has a gradient of unusual length",
-    "direction": "has a gradient that points elsewhere than the others'",
     "zero": "has a gradient that is zero",
     "stale": "has the same gradient again, number for number",
     "replica": "has other parameters than the others",

@@ -45,7 +45,7 @@ SHARE = 0.1
 FINEST = 0.01
 """A deviation by 1 % never costs more than a factor e of its chance."""
 
-CALM = 1.6
+CALM = 2.0
 """By this factor the deviations of all rows may grow before it is taken into account."""
 
 LONG = 250
