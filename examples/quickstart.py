@@ -1,21 +1,24 @@
-"""Plain mean against GRAIN on scikit-learn's digits: a small network, little data, DDP on the CPU.
+"""Watch four workers, then compare rules, on scikit-learn's digits: DDP on the CPU, little data.
 
     bash examples/quickstart.sh                 # sets up what it needs, runs 4 workers
     torchrun --nproc_per_node=4 examples/quickstart.py --seeds 10
 
-Both methods see the same splits, batches and initial weights. Each has the learning rate from the
-same list (then decayed linearly to zero) that did best for it on validation images, on ten seeds
-that are not used for the result; `--tune` repeats that choice.
+First plain training is watched, while one worker's labels are wrong: the report finds it. Then the
+plain mean is compared with GRAIN. Both see the same splits, batches and initial weights. Each has
+the learning rate from the same list (then decayed linearly to zero) that did best for it on
+validation images, on ten seeds that are not used for the result; `--tune` repeats that choice.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,6 +29,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+import grain_ddp
 from grain_ddp import GrainState, grain_hook
 
 matplotlib.use("Agg")
@@ -121,6 +125,31 @@ def train(
             run.curve.append(accuracy(net, data["test"]))
     run.validation = accuracy(net, data["validation"])
     return run
+
+
+def watch(log: Path, steps: int, broken: int = 2) -> str:
+    """Train with the plain mean, where one worker has wrong labels, and report on the records."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        log.unlink(missing_ok=True)
+    x, y = load(0, 0.0)["train"]
+    if rank == broken % workers:
+        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)))
+    state = GrainState(weighting="mean", on_step=grain_ddp.sinks.jsonl(log))
+    model.register_comm_hook(state, grain_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    batches = torch.randint(TRAIN, (steps, workers, BATCH), generator=torch.Generator())
+    for step in range(steps):
+        mine = batches[step, rank]
+        optimizer.zero_grad()
+        cross_entropy(model(x[mine]), y[mine]).backward()
+        optimizer.step()
+    if rank != 0:
+        return ""
+    command = [sys.executable, "-m", "grain_ddp", "report", str(log), "--batch", str(BATCH)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 class Progress:
@@ -295,6 +324,11 @@ def main() -> None:
     every = max(steps // 20, 1)
 
     dist.init_process_group("gloo")
+    out = Path(options.out)
+    report = watch(out.with_name(f"{out.stem}-watched.jsonl"), 300)
+    if report:
+        print(f"First, plain training is watched. The labels of worker 2 are wrong.\n\n{report}")
+        print("Now the mean and GRAIN are compared, with all labels right, and with some wrong.\n")
     cells = list(product(NOISE, METHODS))
     progress = Progress(len(cells) * (seeds + (len(RATES) if options.tune else 0)))
     rates = tune(steps, progress) if options.tune else dict.fromkeys(cells, CHOSEN)

@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 
 from grain_ddp.__main__ import main
 from grain_ddp._tools import bench, measure, trial
-from grain_ddp._tools.cost import Cluster
+from grain_ddp._tools.network import Cluster
 
 
 def test_it_runs_and_the_plan_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

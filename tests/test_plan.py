@@ -26,16 +26,8 @@ from grain_ddp._core.agreement import MARKS
 from grain_ddp._core.sharded import ShardedAggregation
 from grain_ddp._core.transposed import SCRATCH_BYTES
 from grain_ddp._tools.advice import KINDS, choices, figures, growth, recommend, report, sizes
-from grain_ddp._tools.cost import (
-    GPU_SOLVER,
-    Choice,
-    Cluster,
-    Job,
-    Link,
-    _overlapped,
-    cost,
-    overhead,
-)
+from grain_ddp._tools.cost import Choice, Job, _overlapped, cost, overhead
+from grain_ddp._tools.network import GPU_SOLVER, Cluster, Link
 from grain_ddp._tools.plan import PRESETS, _asked, arguments, load
 from grain_ddp._tools.quantities import count, rate, share, whole
 from grain_ddp._wire.torch_wire import TorchWire

@@ -21,7 +21,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from grain_ddp._tools.cost import Choice, Cluster, Job, cost
+from grain_ddp._tools.cost import Choice, Job, cost
+from grain_ddp._tools.network import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.78.0"

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from grain_ddp._tools import output
-from grain_ddp._tools.cost import SCOPES, Choice, Cluster, Job, cost, overhead, watching
+from grain_ddp._tools.cost import SCOPES, Choice, Job, cost, overhead, watching
+from grain_ddp._tools.network import Cluster
 from grain_ddp._tools.quantities import bytes_words, count_words, overhead_words, seconds_words
 
 GROWTH = tuple(2**k for k in range(1, 15))

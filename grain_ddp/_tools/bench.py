@@ -24,8 +24,8 @@ import torch.distributed as dist
 import grain_ddp
 from grain_ddp._core.state import GrainState
 from grain_ddp._tools import output
-from grain_ddp._tools.cost import Cluster
 from grain_ddp._tools.measure import hosts, measure_cluster
+from grain_ddp._tools.network import Cluster
 from grain_ddp._tools.quantities import count, whole
 from grain_ddp._tools.trial import WIRES, compare, variants
 from grain_ddp.sinks._services import writes

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from grain_ddp._math.gramian import gramian, weighted_sum
 from grain_ddp._math.weighting import weigh
-from grain_ddp._tools.cost import Cluster, Link
+from grain_ddp._tools.network import Cluster, Link
 from grain_ddp._tools.trial import clock
 from grain_ddp._wire.torch_wire import TorchWire
 

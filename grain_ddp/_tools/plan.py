@@ -12,7 +12,8 @@ from typing import Any
 import grain_ddp
 from grain_ddp._tools import output
 from grain_ddp._tools.advice import choices, draw, growth, report
-from grain_ddp._tools.cost import Cluster, Job, Link, cost, uniform
+from grain_ddp._tools.cost import Job, cost
+from grain_ddp._tools.network import Cluster, Link, uniform
 from grain_ddp._tools.quantities import (
     LEAST,
     MOST,
