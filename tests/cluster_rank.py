@@ -93,6 +93,7 @@ def training(_: Path) -> dict[str, Any]:
         same &= same_everywhere(torch.from_numpy(state.last.weights))
     sizes = {"plain": step_bytes(None), "grain": step_bytes(GrainState())}
     sizes["nodes"] = step_bytes(GrainState(groups="node"))
+    sizes["sketch"] = step_bytes(GrainState(sketch=1 << 13))
     unequal = wrap(network(), GrainState(cap=2.0 if HOST == 1 else None))
     try:
         loss(unequal, 0).backward()

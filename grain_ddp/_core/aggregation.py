@@ -41,10 +41,11 @@ class Aggregation:
         state.bind(owner or self, wire)
         self.state, self.options = state, state.options
         self.guard = Guard(self.options, wire, owner)
-        groups = partition(self.options.groups, wire)
+        self._partition = partition(self.options.groups, wire)
         self._marks = Marks(wire, str(owner or self))
         rows = range(wire.size * self.options.microbatches)  # with several passes, groups of one
-        self._groups = groups if self.options.microbatches == 1 else [[row] for row in rows]
+        several = self.options.microbatches > 1
+        self._groups = [[row] for row in rows] if several else self._partition
         self._every: dict[int | None, Stages] = {}  # by the size of the sketch
         self._numbers = 0  # in the last step
         self._stages = self._choose(wire.whole)
@@ -61,7 +62,7 @@ class Aggregation:
         """The stages of a step, with a sketch or without. Collective at its first use."""
         k = sketch_size(self.options, wire, self._numbers)
         if k not in self._every:
-            arguments = self.state, wire, partition(self.options.groups, wire), self._marks
+            arguments = self.state, wire, self._partition, self._marks
             self._every[k] = Sketched(*arguments, k) if k else Transposed(*arguments)
         return self._every[k]
 
