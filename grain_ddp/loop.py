@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from grain_ddp._core.aggregation import Aggregation
 from grain_ddp._core.packing import flatten, packs
@@ -21,13 +21,16 @@ BUCKET_BYTES = 25 << 20
 """Gradients smaller than this are copied together into buckets of this size, as DDP does."""
 
 
-def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRecord | None:
+def reduce_gradients(
+    parameters: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]], state: GrainState
+) -> StepRecord | None:
     """Aggregate ``.grad`` of the parameters in place, over ``state.process_group`` or the default.
 
     Call it on every rank between ``backward()`` and ``optimizer.step()``, with the same parameters
-    in the same order. A gradient that is None counts as zero; where it is None on every rank, it
-    stays None. With ``microbatches=m`` call it after each of the m backward passes; that also works
-    in a single process without torch.distributed.
+    in the same order; a module stands for its parameters, and names beside them do no harm. A
+    gradient that is None counts as zero; where it is None on every rank, it stays None. With
+    ``microbatches=m`` call it after each of the m backward passes; that also works in a single
+    process without torch.distributed.
 
     Returns:
         The step's record: None on the steps that make none (`record_every`, `warmup_steps`), and
@@ -36,9 +39,12 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
     Raises:
         ValueError: the ranks' parameters or options differ, a gradient is sparse, nothing has a
             gradient on any rank, or the state serves a DDP model.
+        TypeError: what is given are no parameters, or the state is no `GrainState`.
         RuntimeError: torch.distributed is not initialised.
     """
-    trained = [p for p in parameters if p.requires_grad]
+    if not isinstance(state, GrainState):
+        raise TypeError(f"grain_ddp: expected a GrainState, but found {type(state).__name__}.")
+    trained = _trained(parameters)
     loop = state.owner
     if loop is None or loop.gone:
         loop = _Loop(state, trained)
@@ -60,6 +66,20 @@ def reduce_gradients(parameters: Iterable[Tensor], state: GrainState) -> StepRec
             parts = [(names[id(gradient)], gradient.numel()) for gradient in pack]
             aggregation.push(*flatten(pack), parts)
         return aggregation.finish()
+
+
+def _trained(
+    parameters: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> list[Tensor]:
+    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    found = [one[1] if isinstance(one, tuple) and len(one) == 2 else one for one in given]
+    for one in found:
+        if not isinstance(one, Tensor):
+            raise TypeError(
+                "grain_ddp: expected a model, or its parameters(), but found "
+                f"{type(one).__name__} among them."
+            )
+    return [p for p in found if isinstance(p, Tensor) and p.requires_grad]
 
 
 class _Loop:

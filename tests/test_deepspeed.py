@@ -92,6 +92,11 @@ def sketched_and_grouped() -> list[float]:
             assert same_everywhere(result)
             found.append(relative_error(result, reference(2, 1, rule, True)))
             engine.destroy()
+    engine = engine_for(config(2, {"sketch": 4000}, bf16={"enabled": True}))
+    assert engine.grain.wire_dtype is None  # as wide as the gradients: they travel as they are
+    engine.destroy()
+    with pytest.raises(ValueError, match="sketch does not go with wire_dtype"):
+        engine_for(config(2, {"sketch": 4000}, communication_data_type="bf16"))
     return found
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import launch, run
 from oracle import min_norm_point
 from ranks import SIZES, flat, local_gradients, loss, network, relative_error, same_everywhere
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import grain_ddp.loop as loop_module
@@ -143,3 +143,24 @@ def test_errors_on_every_rank(function: Any, message: str) -> None:
 def test_without_torch_distributed() -> None:
     with pytest.raises(RuntimeError, match="Start with torchrun"):
         reduce_gradients([nn.Parameter(torch.ones(3))], GrainState())
+
+
+def test_a_model_stands_for_its_parameters() -> None:
+    def passes(given: Any) -> Tensor:
+        model.zero_grad()
+        for x in (1.0, -3.0):
+            model(torch.full((1, 2), x)).sum().backward()
+            reduce_gradients(given, state)
+        return flat(p.grad for p in model.parameters())
+
+    model = nn.Linear(2, 1)
+    results = []
+    for given in (list(model.parameters()), model, list(model.named_parameters())):
+        state = GrainState(microbatches=2)
+        results.append(passes(given))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    with pytest.raises(TypeError, match=r"expected a model, or its parameters\(\), but found str"):
+        reduce_gradients(["weight"], GrainState(microbatches=2))  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="expected a GrainState, but found list"):
+        reduce_gradients(model.parameters(), [])  # type: ignore[arg-type]

@@ -272,7 +272,8 @@ def test_copies_are_free() -> None:
 
 
 def test_a_state_is_loaded_without_executing_anything(tmp_path: Path) -> None:
-    state = GrainState(scope="bucket", groups=[[0, 1], [2, 3]], wire_dtype=torch.bfloat16, cap=2)
+    state = GrainState(scope="bucket", groups=[[0, 1], [2, 3]], wire_dtype="bf16", cap=2)
+    assert state.wire_dtype is torch.bfloat16
     torch.save(state.state_dict(), tmp_path / "state.pt")
     again = GrainState()
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

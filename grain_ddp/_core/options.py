@@ -13,6 +13,14 @@ from grain_ddp._core.fingerprint import describe
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.weighting import RULES, Weighting
 
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+"""Names of a `wire_dtype`, as configs write it."""
+
 
 class Kind(Enum):
     """What a step does with its gradients. Fixed at its first bucket, alike on every rank.
@@ -55,7 +63,7 @@ class Options:
     cap: float | None = None
     normalize: bool = False
     sketch: int | None = None
-    wire_dtype: torch.dtype | None = None
+    wire_dtype: Any = None  # a torch.dtype or None; a name becomes the dtype
     warmup_steps: int = 0
     nonfinite: str = "propagate"
     guard: str | None = None
@@ -64,6 +72,8 @@ class Options:
     on_step: Callable[[StepRecord], object] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.wire_dtype, str) and self.wire_dtype in DTYPES:
+            object.__setattr__(self, "wire_dtype", DTYPES[self.wire_dtype])
         for name, (holds, expected) in _EXPECTED.items():
             value = getattr(self, name)
             if not holds(value):
@@ -117,7 +127,7 @@ class Options:
 
     def narrow(self, dtype: torch.dtype) -> torch.dtype | None:
         """The dtype in which gradients of that dtype travel, where it is a narrower one."""
-        narrow = self.wire_dtype
+        narrow: torch.dtype | None = self.wire_dtype
         return narrow if narrow is not None and narrow.itemsize < dtype.itemsize else None
 
 
@@ -175,7 +185,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sketch": (lambda v: v is None or _whole(1)(v), "None or an int >= 1, such as 2**20"),
     "wire_dtype": (
         _one_of(None, torch.bfloat16, torch.float16),
-        "None, torch.bfloat16 or torch.float16",
+        f"None, torch.bfloat16, torch.float16 or one of {', '.join(map(repr, DTYPES))}",
     ),
     "warmup_steps": (_whole(0), "an int >= 0"),
     "nonfinite": (_one_of("propagate", "drop"), "'propagate' or 'drop'"),

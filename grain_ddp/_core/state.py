@@ -62,8 +62,8 @@ class GrainState:
             1/√k; the bytes on every link are those of plain averaging, and k numbers. With "mean",
             4 million parameters or more, and ranks that do not read each other's memory, 2**18 is
             the default.
-        wire_dtype: torch.bfloat16 or torch.float16: what travels, for gradients that are wider.
-            None: the gradient's own dtype. Sums are accumulated in fp32 or better.
+        wire_dtype: torch.bfloat16 or torch.float16, or "bf16" or "fp16": what travels, for
+            gradients that are wider. None: their own dtype. Sums are accumulated in fp32 or better.
         warmup_steps: plain averaging for that many first steps.
         nonfinite: "propagate" a NaN or inf to every rank alike, or "drop" its group.
         guard: what happens when one rank's gradient stands out from the others' and from the past:
@@ -102,7 +102,7 @@ class GrainState:
         cap: float | None = None,
         normalize: bool = False,
         sketch: int | None = None,
-        wire_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | str | None = None,
         warmup_steps: int = 0,
         nonfinite: str = "propagate",
         guard: str | None = None,

@@ -32,10 +32,10 @@ import functools
 import inspect
 from typing import Any
 
+from grain_ddp._core.options import DTYPES
 from grain_ddp._core.state import GrainState
 from grain_ddp._wire.torch_wire import TorchWire
 from grain_ddp.deepspeed.config import (
-    DTYPES,
     basic_optimizer,
     check_engine,
     check_microbatches,
@@ -98,8 +98,12 @@ def attach(engine: Any) -> None:
     check_microbatches(options, stage, engine.gradient_accumulation_steps())
     wire = TorchWire(process_group(engine))
     options.setdefault("scope", "bucket" if stage >= 2 else "global")
-    if options.get("wire_dtype") is None and engine.communication_data_type in DTYPES.values():
-        options["wire_dtype"] = engine.communication_data_type
+    narrow = engine.communication_data_type
+    widest = max(p.itemsize for p in engine.module.parameters())
+    # With a sketch the gradients travel as they are: a narrower dtype for them is refused then.
+    wanted = narrow in DTYPES.values() and (not options.get("sketch") or narrow.itemsize < widest)
+    if options.get("wire_dtype") is None and wanted:
+        options["wire_dtype"] = narrow
     on_step = sink(options.pop("log", None), wire)
     state = GrainState(**options, on_step=on_step)
     optimizer = engine.optimizer

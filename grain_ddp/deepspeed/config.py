@@ -17,13 +17,6 @@ from grain_ddp._math.record import StepRecord
 from grain_ddp._wire.torch_wire import TorchWire, default_group
 from grain_ddp.sinks import jsonl
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
-
 _OPTIONS = set(inspect.signature(GrainState).parameters) - {"process_group", "on_step"} | {"log"}
 
 # Settings that cannot be honoured: where they are in the config, which values, and why.
@@ -82,14 +75,6 @@ def section(config: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"grain_ddp: grain.{name} is not an option. There are: enabled, "
                 f"{', '.join(sorted(_OPTIONS))}."
             )
-    name = options.get("wire_dtype")
-    if name is not None:
-        if not isinstance(name, str) or name not in DTYPES:
-            raise ValueError(
-                f"grain_ddp: grain.wire_dtype must be null or one of {', '.join(DTYPES)}, but it "
-                f"is {short(name)}."
-            )
-        options["wire_dtype"] = DTYPES[name]
     try:
         GrainState(**{name: value for name, value in options.items() if name != "log"})
     except ValueError as error:
