@@ -189,11 +189,184 @@ def test_a_rank_that_says_something_else_is_an_error_on_all(said: Any, expected:
         assert re.search(expected, outcome.error)
 
 
+def out_of_order(wire: Wire) -> tuple[Tensor, StepRecord | None]:
+    """The state is in use before it is told of samples."""
+    state = GrainState(groups=[[1], [2], [0]], weighting="mean")
+    aggregation = Aggregation(state, wire)
+    state.batch(samples=[5, 1, 2][wire.rank])
+    buffer = gradient(wire.rank, 1)
+    aggregation.push(buffer)
+    return buffer, aggregation.finish()
+
+
+def test_samples_belong_to_their_ranks_whatever_the_order_of_groups() -> None:
+    result, record = values("threads", 3, out_of_order)[0]
+    counts = torch.tensor([5, 1, 2], dtype=torch.float64) / 8
+    every = torch.stack([gradient(rank, 1) for rank in range(3)]).double()
+    assert relative_error(result, counts @ every) < 1e-6
+    assert record.weights == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_after_an_error_a_step_is_told_anew(m: int) -> None:
+    """What was said of the step that failed does not count in the next one."""
+    for result in values("threads", 2, after_an_error, m):
+        assert result == [[1, 2][r] for r in range(2) for _ in range(m)]
+
+
+def after_an_error(wire: Wire, m: int) -> list[float]:
+    failed = False
+
+    def weighting(gramian: Tensor) -> Tensor:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise RuntimeError("once")
+        return torch.full((len(gramian),), 1 / len(gramian))
+
+    state = GrainState(groups="label", microbatches=m, weighting=weighting)
+    aggregation, record = Aggregation(state, wire), None
+    for label in ("of the first step", "of the second step"):
+        try:
+            for _ in range(m):
+                state.batch(label=label, samples=1 + wire.rank)
+                aggregation.push(torch.ones(5))
+                record = aggregation.finish()
+        except RuntimeError:
+            continue
+    assert record is not None
+    assert record.samples is not None
+    return record.samples.tolist()
+
+
+def broken_off(wire: Wire) -> list[float]:
+    """A step of two buckets whose second one never comes; its rank says what the next one is of."""
+    state = GrainState(groups="label")
+    aggregation = Aggregation(state, wire)
+    state.batch(label="lost", samples=7)
+    aggregation.push(torch.ones(5))
+    state.batch(label="found", samples=1 + wire.rank)
+    aggregation.abandon()
+    aggregation.push(torch.ones(5))
+    record = aggregation.finish()
+    assert record is not None
+    assert record.labels == ("found",)
+    assert record.samples is not None
+    return record.samples.tolist()
+
+
+def test_what_was_said_of_a_step_that_broke_off_is_forgotten() -> None:
+    assert values("threads", 2, broken_off) == [[1, 2], [1, 2]]
+
+
+def reloaded(wire: Wire) -> list[tuple[str, ...] | None]:
+    state, found = GrainState(groups="label"), list[tuple[str, ...] | None]()
+    for labels, scope in (("ab", "global"), ("ba", "bucket")):
+        state.load_state_dict({**state.state_dict(), "scope": scope})
+        aggregation = Aggregation(state, wire)
+        state.batch(label=labels[wire.rank])
+        aggregation.push(torch.ones(5))
+        record = aggregation.finish()
+        assert record is not None
+        found.append(record.labels)
+    return found
+
+
+def test_labels_keep_their_places_when_an_option_changes() -> None:
+    assert values("threads", 2, reloaded)[0] == [("a", "b"), ("a", "b")]
+
+
+def watched(wire: Wire) -> list[StepRecord]:
+    """Two labels on four ranks; NaN on one of them in a step that is not recorded."""
+    found: list[StepRecord] = []
+    state = GrainState(
+        groups="label", weighting="mean", guard="warn", record_every=2, on_step=found.append
+    )
+    aggregation = Aggregation(state, wire)
+    for step in range(3):
+        state.batch(label="ab"[wire.rank % 2])
+        buffer = gradient(wire.rank, 1, step)
+        if step == 1 and wire.rank == 1:
+            buffer[0] = float("nan")
+        aggregation.push(buffer)
+        aggregation.finish()
+    return found
+
+
+def test_a_suspect_between_two_records_leaves_the_number_of_groups() -> None:
+    """Else a report would begin anew with it."""
+    found = values("threads", 4, watched)[0]
+    assert [len(record.suspects) for record in found] == [0, 1, 0]
+    assert [record.gramian.shape for record in found] == [(2, 2)] * 3
+
+
+def suspected(wire: Wire) -> tuple[Tensor, StepRecord | None]:
+    """Two labels that cancel to 1e-3 without rank 0's gradient, which is out of all proportion."""
+    state = GrainState(groups="label", guard="drop")
+    aggregation = Aggregation(state, wire)
+    state.batch(label="ab"[wire.rank % 2], samples=2)
+    buffer = opposed(wire.rank)
+    if wire.rank == 0:
+        buffer *= 1e6
+    aggregation.push(buffer)
+    return buffer, aggregation.finish()
+
+
+def opposed(rank: int) -> Tensor:
+    common = torch.randn(5000, generator=torch.Generator().manual_seed(9))
+    own = torch.randn(5000, generator=torch.Generator().manual_seed(rank))
+    return (common if rank % 2 else -common) + 1e-3 * own
+
+
+def test_who_is_left_out_stays_out_where_the_gramian_is_made_anew() -> None:
+    result, record = values("threads", 4, suspected)[0]
+    every = torch.stack([opposed(rank) for rank in range(4)]).double()
+    means = torch.stack([every[2], (every[1] + every[3]) / 2])
+    assert [one.rank for one in record.suspects] == [0]
+    assert relative_error(result, torch.from_numpy(min_norm_point(means))) < 1e-3
+    assert record.samples.tolist() == [2, 2, 2, 2]
+
+
+def test_nothing_is_left_of_a_gradient_over_no_samples() -> None:
+    (result,), (record,) = values("threads", 1, train, {}, [[{"samples": 0}]], 0)[0]
+    assert not result.any()
+    assert record.weights == [0]
+
+
+def test_the_mean_where_only_empty_batches_are_finite() -> None:
+    said: list[list[dict[str, Any] | None]] = [[{"samples": 3}, {"samples": 0}]]
+    options = {"weighting": "mean", "nonfinite": "drop"}
+    (result,), (record,) = values("threads", 2, train, options, said, 0)[0]
+    assert not result.any()
+    assert record.weights.tolist() == [0, 0]
+
+
+def cancelling(wire: Wire, groups: Any) -> StepRecord | None:
+    """Ranks 0 and 1, of one group, cancel to rounding."""
+    state = GrainState(groups=groups)
+    if groups == "label":
+        state.batch(label="aab"[wire.rank])
+    buffer = torch.randn(100_000, generator=torch.Generator().manual_seed(wire.rank // 2))
+    small = 1e-5 * torch.randn(100_000, generator=torch.Generator().manual_seed(7))
+    buffer = small - buffer if wire.rank == 1 else small + buffer
+    aggregation = Aggregation(state, wire)
+    aggregation.push(buffer)
+    return aggregation.finish()
+
+
+@pytest.mark.parametrize("groups", ["label", [[0, 1], [2]]], ids=str)
+def test_no_square_is_negative(groups: Any) -> None:
+    """A log with one could not be read."""
+    assert (values("threads", 3, cancelling, groups)[0].gramian.diagonal() >= 0).all()
+
+
 def test_what_is_said_is_checked() -> None:
     state = GrainState()
     for wrong in (
         {"label": ""},
         {"label": "é" * 25},
+        {"label": "\ud800"},
+        {"label": "a\0"},
         {"label": 3},
         {"samples": -1},
         {"samples": True},

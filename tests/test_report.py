@@ -375,6 +375,16 @@ def test_two_runs_side_by_side_have_the_same_axes() -> None:
     assert html.count('class="verdict') == 2
 
 
+def test_a_group_that_was_there_alone_and_seldom_is_no_outlier() -> None:
+    """As with labels, of which a step may have but one: it has no others to point against."""
+    rows = gradients(40)
+    rows[:, 3] = 0
+    rows[20, :3], rows[20, 3] = 0, 1
+    run = run_of(records_of(rows))
+    assert run.outliers == []
+    assert np.isnan(run.cosine_to_others[20]).all()
+
+
 def test_a_suspect_comes_first_also_from_records_without_a_gramian() -> None:
     records = records_of(gradients())
     bad = [Suspect(k, 2, "node3", "cuda:1 (GPU-4f)", "peak", "head", 20.0, k) for k in (5, 15)]

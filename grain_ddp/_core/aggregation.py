@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from grain_ddp._core.agreement import AnyWeights, Marks, record_of
+from grain_ddp._core.agreement import AnyWeights, Marks, record_of, unweighed
 from grain_ddp._core.groups import partition
 from grain_ddp._core.guard import Guard, Numbers
 from grain_ddp._core.options import Kind
@@ -21,7 +21,7 @@ from grain_ddp._core.stages import Bucket, Stages
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.transposed import Transposed
 from grain_ddp._math.record import StepRecord
-from grain_ddp._math.weighting import check_groups, uniform
+from grain_ddp._math.weighting import check_groups
 from grain_ddp._wire.wire import Wire
 
 
@@ -79,7 +79,8 @@ class Aggregation:
                 transfer.wait()
         finally:
             self.drop()
-            self.state.batches.clear()
+            if self.state.batches.over:  # else what was told last is of the next step
+                self.state.batches.clear()
 
     @property
     def pending(self) -> bool:
@@ -103,6 +104,7 @@ class Aggregation:
                     self._stages.begin(self.state.kind)
             bucket = Bucket(buffer, done)
             self._buckets.append(bucket)
+            self.state.batches.over = True
             self._marks.push(len(buffer), buffer.dtype)
             self.guard.push(buffer, parts or [(f"bucket {len(self._buckets)}", len(buffer))])
             if self.options.microbatches > 1:
@@ -130,6 +132,7 @@ class Aggregation:
                 bucket.done()
         if not self._last_pass:
             self._passes.done += 1
+            self.state.batches.over = False
             self.guard.end_pass()
             return None
         self._passes.drop()
@@ -144,7 +147,7 @@ class Aggregation:
         suspects = self.guard.take()
         if self._stages.kind.has_gramian and (self.options.records(self.state.step) or suspects):
             return record_of(self.state, found, suspects)
-        return record_of(self.state, [uniform(self.size)], suspects) if suspects else None
+        return unweighed(self.state, self.size, suspects) if suspects else None
 
     @property
     def _last_pass(self) -> bool:

@@ -18,7 +18,7 @@ from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import Array, PendingRecord, StepRecord
 from grain_ddp._math.sketch import rescale
 from grain_ddp._math.suspect import Suspect
-from grain_ddp._math.weighting import DeviceWeights, Weights, weigh_tensor
+from grain_ddp._math.weighting import DeviceWeights, Weights, uniform, weigh_tensor
 from grain_ddp._wire.wire import Wire
 
 AnyWeights = Weights | DeviceWeights
@@ -248,26 +248,29 @@ class GramianSum:
         gramian, error = full(found["triangle"], self._size), self._error
         if "squares" in found:
             gramian, error = rescale(gramian, found["squares"])
-        if "batches" in found:
-            self._group(found["batches"])
+        batches = found.get("batches")
+        left_out = self._left_out if batches is None else self._group(batches)
         state, grouping = self._state, self._grouping
         gramian = grouping.gramian(gramian)
-        weights = weights_of(
-            state.options, state.step, gramian, grouping.shares, error, self._left_out
-        )
+        weights = weights_of(state.options, state.step, gramian, grouping.shares, error, left_out)
         self._marks.weigh(weights)
         return weights
 
-    def _group(self, numbers: Tensor) -> None:
-        """Make groups of what all ranks say of their batches."""
+    def _group(self, numbers: Tensor) -> list[int]:
+        """Make groups of what all ranks say of their batches. Those that are left out."""
         batches = self._state.batches
         batches.last = rows = batches.rows(numbers)
         if self._state.options.groups == "label":
-            counts = np.ones(self._size) if rows.samples is None else rows.samples
-            counts[list(self._left_out)] = 0
-            self._grouping, self._left_out = Grouping(batches.members(rows), counts), []
-        elif rows.samples is not None:
+            counts = np.ones(self._size) if rows.samples is None else rows.samples.copy()
+            counts[list(self._left_out)] = 0  # single rows, until now
+            members, out = batches.members(rows), set(self._left_out)
+            self._grouping = Grouping(members, counts)
+            return [
+                g for g, group in enumerate(members) if out & set(group) and not counts[group].any()
+            ]
+        if rows.samples is not None:
             self._grouping = Grouping(self._grouping.groups, rows.samples)
+        return self._left_out
 
 
 def record_of(
@@ -285,6 +288,13 @@ def record_of(
     if any(isinstance(weights, DeviceWeights) for weights in buckets):
         return PendingRecord(step, lambda: _record_of(step, single, buckets, suspects, said))
     return _record_of(step, single, buckets, suspects, said)
+
+
+def unweighed(state: GrainState, n: int, suspects: tuple[Suspect, ...]) -> StepRecord:
+    """The record of a step with suspects and without a Gramian, of n groups."""
+    if state.options.groups == "label":  # as many as in the records beside it
+        n = len(state.batches.labels) or n
+    return record_of(state, [uniform(n)], suspects)
 
 
 def _record_of(

@@ -29,11 +29,13 @@ class Batch:
     def __post_init__(self) -> None:
         label, samples, loss = self.label, self.samples, self.loss
         if label is not None and not (
-            isinstance(label, str) and 0 < len(label.encode(errors="replace")) <= LABEL_BYTES
+            isinstance(label, str)
+            and 0 < len(label.encode(errors="replace")) <= LABEL_BYTES
+            and label == label.encode(errors="replace").rstrip(b"\0").decode()
         ):
             raise ValueError(
-                f"grain_ddp: a label must be a text of 1 to {LABEL_BYTES} bytes in UTF-8, but it "
-                f"is {label!r}."
+                f"grain_ddp: a label must be a text of 1 to {LABEL_BYTES} bytes in UTF-8, with no "
+                f"NUL at its end, but it is {label!r}."
             )
         number = isinstance(samples, (int, float)) and not isinstance(samples, bool)
         if samples is not None and not (number and 0 <= samples <= 1e300):
@@ -73,11 +75,13 @@ class Batches:
 
     Attributes:
         told: which of label, samples and loss are told: in every step, and on every rank.
+        over: whether what comes next is of another step: gradients of this one have come.
     """
 
     def __init__(self, passes: int) -> None:
         self._passes, self._fixed = passes, False
         self._step: list[Batch] = []
+        self.over = False
         self.told: tuple[str, ...] = ()
         self.labels: list[str] = []  # of all steps, in the order of their first appearance
         self.last: Rows | None = None  # of the step under way, once that is known
@@ -91,6 +95,8 @@ class Batches:
                 f"it told {before}, and now {' and '.join(batch.told) or 'nothing'}."
             )
         self.told = batch.told
+        if self.over:  # it broke off
+            self.clear()
         if self._passes == 1 and self._step:
             self._step = [self._step[0] + batch]
         else:
@@ -116,7 +122,7 @@ class Batches:
 
     def clear(self) -> None:
         """The step is complete, or broken off."""
-        self._step, self.last = [], None
+        self._step, self.last, self.over = [], None, False
 
     def numbers(self, rank: int, size: int, like: Tensor) -> Tensor:
         """This rank's, in those of all ranks, which are zero: flat float64, on that device."""

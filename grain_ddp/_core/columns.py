@@ -134,7 +134,7 @@ class Columns:
             factors = factors * self._scales
         if self.wire.size == 1 and self.block is None:
             for view in self.own:
-                view.mul_(factors[0])
+                view.zero_() if dropped else view.mul_(factors[0])
         elif len(self.own) == 1:
             for rows, own in self._matrices():
                 self._sum(rows, factors, dropped, own, exact)

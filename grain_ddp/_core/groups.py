@@ -38,8 +38,13 @@ def partition(groups: str | int | Sequence[Sequence[int]], wire: Wire) -> list[l
 
 
 def in_levels(groups: Sequence[Sequence[int]], state: GrainState) -> bool:
-    """Whether the means of the groups can be formed inside of them first: all are of one size."""
-    return len(set(map(len, groups))) == 1 and "samples" not in state.batches.told
+    """Whether the means of the groups can be formed inside of them first: all are of one size.
+
+    Not if that is one rank, and they are in another order than the ranks.
+    """
+    sizes, first = set(map(len, groups)), [group[0] for group in groups]
+    shuffled = sizes == {1} and first != sorted(first)
+    return len(sizes) == 1 and not shuffled and "samples" not in state.batches.told
 
 
 def levels(groups: Sequence[Sequence[int]], wire: Wire) -> tuple[Wire | None, Wire]:
@@ -88,7 +93,9 @@ class Grouping:
         zero = torch.zeros((), dtype=gramian.dtype, device=gramian.device)
         scaled = torch.where(used & used[:, None], gramian * scale * scale[:, None], zero)
         padded = torch.nn.functional.pad(scaled, (0, 1, 0, 1))
-        return padded[members].sum(1)[:, members].sum(2)
+        found = padded[members].sum(1)[:, members].sum(2)
+        found.diagonal().clamp_(min=0)  # squares, also where a group's rows cancel to rounding
+        return found
 
     def spread(self, weights: Tensor) -> Tensor:
         """The rows' weights [n] from the groups' [g]: each row's is its share of its group's."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of
+from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of, unweighed
 from grain_ddp._core.columns import Columns
 from grain_ddp._core.groups import Grouping, partition
 from grain_ddp._core.guard import Guard, Numbers
@@ -28,7 +28,7 @@ from grain_ddp._core.views import Views, length, matrix, part, read, write
 from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
 from grain_ddp._math.sketch import Sketch
-from grain_ddp._math.weighting import check_groups, uniform
+from grain_ddp._math.weighting import check_groups
 from grain_ddp._wire.torch_wire import TorchWire
 
 SLACK = 4096
@@ -110,7 +110,7 @@ class ShardedAggregation:
         check_groups(options.weighting, len(groups))
         self._grouping, self._marks = Grouping(groups), Marks(wire, str(owner or self))
         self._sketches: Sketches | None = None
-        self._numbers = 0  # in this step, or the last one
+        self._numbers = 0  # in the last step
         self._limit = int(min(scratch, SCRATCH_BYTES))
         self._groups, self.guard = groups, Guard(options, wire, owner)
         self.drop()
@@ -121,6 +121,7 @@ class ShardedAggregation:
     def drop(self) -> None:
         """Forget what is under way."""
         self._kind: Kind | None = None  # of the step, from its first push on
+        self._pushed = 0  # numbers, in this step
         self._found: list[AnyWeights] = []
         self._buckets: list[_Bucket] = []  # not weighed yet
         self._sketch: Sketch | None = None  # of what is not weighed yet
@@ -151,7 +152,7 @@ class ShardedAggregation:
             self._buckets.append(bucket)
             for views in owned:
                 self._marks.push(length(views), bucket.like.dtype)
-                self._numbers += length(views)
+                self._pushed += length(views)
             if self._sketches is None:
                 self._receive(bucket, self._kind.has_gramian)
             elif self._kind.has_gramian:
@@ -161,6 +162,7 @@ class ShardedAggregation:
                 self._weigh()
         except BaseException:
             self.drop()
+            self.state.batches.over = True
             raise
 
     def _choose(self) -> None:
@@ -172,7 +174,6 @@ class ShardedAggregation:
             self._sketches = Sketches(self.state, self.wire, self._groups, self._marks, k)
         inside = self._sketches is not None and self._sketches.inside is not None
         self.state.batches.agree(self.wire, inside)
-        self._numbers = 0
 
     def finish(self) -> StepRecord | None:
         """Complete the step. Returns its record, if one is due."""
@@ -183,15 +184,17 @@ class ShardedAggregation:
                 self._weigh()
             found, kind, record = self._found, self._kind, None
             self._kind, self._found = None, []
+            self._numbers, self._pushed = self._pushed, 0
             self.guard.drop()
             suspects = self.guard.take()
             weighed = kind is not None and kind.has_gramian
             if weighed and (self.options.records(self.state.step) or suspects):
                 record = record_of(self.state, found, suspects)
             elif suspects:
-                record = record_of(self.state, [uniform(len(self._groups))], suspects)
+                record = unweighed(self.state, len(self._groups), suspects)
         except BaseException:
             self.drop()
+            self.state.batches.over = True
             raise
         self.state.advance(record)
         return record

@@ -263,6 +263,8 @@ class GrainState:
             raise ValueError(f"grain_ddp: step must be an int >= 0, but it is {step!r}.")
         options = replace(self.options, **values)
         if options != self.options:
-            # The ranks compare them anew.
-            vars(self).update(options=options, _owner=None, batches=Batches(options.microbatches))
+            # The ranks compare them anew. The labels keep their places in the records.
+            batches = Batches(options.microbatches)
+            batches.labels = self.batches.labels
+            vars(self).update(options=options, _owner=None, batches=batches)
         self.step = step

@@ -196,6 +196,8 @@ class Transposed(Stages):
             factors, dropped = bucket.sum.factors_for(bucket.buffer)
             exact = bucket.sum.exact
         if self._exchanged == 1:
+            if dropped:
+                bucket.buffer.zero_()
             return
         for columns in bucket.columns:
             columns.reduce(factors, dropped, exact=exact)

@@ -214,7 +214,7 @@ def weigh(
             weights, solution = normalized_min_norm(inner, cap)
             return weights, solution.status
         if weighting == "mean" and shares is not None:
-            return shares[active] / shares[active].sum(), Status.MEAN
+            return shares[active] / (shares[active].sum() or 1), Status.MEAN
         return RULES[weighting](inner, cap)
 
     return _weigh(gramian, weighting, nonfinite, rule, left_out)

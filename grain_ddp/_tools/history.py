@@ -86,7 +86,7 @@ class _Cosines:
 @dataclass(frozen=True)
 class _Readings:
     norms: Array  # [T, n]
-    cosine_to_others: Array  # [T, n], NaN where the gradient is zero
+    cosine_to_others: Array  # [T, n], NaN where the gradient is zero, or all others are
     mean_square: Array  # [T], of the mean gradient
     opposed: Array  # [T], groups that the mean opposes
     parts: list[tuple[int, int, _Cosines]]  # of the records from one to another
@@ -178,7 +178,7 @@ class Run:
                 norms[here] = length = np.sqrt(squares)
                 rest = np.sqrt(np.maximum(sums[:, None] - 2 * rows + squares, 0.0))
                 others[here] = _ratio(rows - squares, length * rest, 0.0)
-                others[here][length == 0] = np.nan
+                others[here][(length == 0) | (rest == 0)] = np.nan
                 mean_square[here] = sums / self.n**2
                 by_mean[here] = _opposed(rows / self.n, mean_square[here], length)
                 cosine = _ratio(gramians, length[:, :, None] * length[:, None, :], np.nan)
@@ -204,7 +204,7 @@ class Run:
 
     @property
     def cosine_to_others(self) -> Array:
-        """[T, n], NaN where the gradient is zero."""
+        """[T, n], NaN where the gradient is zero, or all others are."""
         return self._readings.cosine_to_others
 
     @property
@@ -229,9 +229,9 @@ class Run:
 
     @cached_property
     def mean_cosine(self) -> Array:
-        """[n]: of each group to the sum of the others, over the records where it has a gradient."""
-        total = np.nansum(self.cosine_to_others, 0)
-        return _ratio(total, self.present.sum(0), np.nan)
+        """[n]: of each group to the sum of the others, over the records where both are not zero."""
+        known = np.isfinite(self.cosine_to_others)
+        return _ratio(np.nansum(self.cosine_to_others, 0), known.sum(0), np.nan)
 
     @cached_property
     def outliers(self) -> list[int]:
@@ -303,10 +303,10 @@ def noise_scale(small: Array, big: Array, n: int) -> Array:
 def standing_out(values: Array) -> dict[int, float]:
     """Groups whose values ``[T, n]`` stand out over the run, and how far from the median group.
 
-    NaN where a group has no value.
+    NaN where a group has no value; of fewer than FEWEST nothing is said.
     """
     known = np.isfinite(values)
-    steps, groups = known.any(1), np.flatnonzero(known.any(0))
+    steps, groups = known.any(1), np.flatnonzero(known.sum(0) >= FEWEST)
     values = values[steps][:, groups]
     if len(values) < FEWEST:
         return {}
