@@ -171,6 +171,7 @@ class _ReduceScatter:
         parts = whole.view(wire.size, -1).unbind()
         self.pushed += 1
         self.aggregation.guard.note([(f"unit {self.pushed} of the backward pass", whole)])
+        self.state.batches.over = True  # every pass that reduces is a step
         self.aggregation.push([[part] for part in parts])
         _real(output_tensor).copy_(parts[wire.rank])
 

@@ -239,6 +239,22 @@ def after_an_error(wire: Wire, m: int) -> list[float]:
     return record.samples.tolist()
 
 
+def too_late(wire: Wire) -> list[str]:
+    """Samples are told when groups of two have been formed that average without them."""
+    state, found = GrainState(groups=2), list[str]()
+    aggregation = Aggregation(state, wire)
+    for _ in range(2):
+        state.batch(samples=1 + wire.rank)
+        with pytest.raises(ValueError, match=r"state\.batch tells samples, but groups") as error:
+            aggregation.push(torch.ones(5))
+        found.append(str(error.value))
+    return found
+
+
+def test_samples_that_come_too_late_are_an_error_in_every_step() -> None:
+    assert [len(found) for found in values("threads", 4, too_late)] == [2] * 4
+
+
 def broken_off(wire: Wire) -> list[float]:
     """A step of two buckets whose second one never comes; its rank says what the next one is of."""
     state = GrainState(groups="label")

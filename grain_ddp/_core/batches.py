@@ -103,7 +103,7 @@ class Batches:
             self._step.append(batch)
 
     def agree(self, wire: Wire, inside: bool) -> None:
-        """See, in the first step, that all ranks tell the same. Collective, once.
+        """See, in the first step, that all ranks tell the same. Collective, until they do.
 
         Raises:
             ValueError: on every rank, if they do not; or if groups of several ranks average
@@ -112,13 +112,13 @@ class Batches:
         if self._fixed:
             return
         wire.whole.agree({"what state.batch tells": self.told}, "the comparison of batches")
-        self._fixed = True
         if inside and "samples" in self.told:
             raise ValueError(
                 "grain_ddp: state.batch tells samples, but groups of several ranks were formed "
                 "before it did, which average without them. Call it before the state is first "
                 'used, or take groups="rank" or "label".'
             )
+        self._fixed = True
 
     def clear(self) -> None:
         """The step is complete, or broken off."""
