@@ -83,6 +83,18 @@ def test_sketch(k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     assert ours._by_kernel
     torch.testing.assert_close(ours.values, plain.values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.square, plain.square.to(DEVICE), rtol=1e-6, atol=0)
+
+
+def test_a_sketch_of_more_numbers_than_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gramian_module, "DEVICES", {DEVICE})
+    row = torch.randn(5000, device=DEVICE)
+    ours, plain = Sketch(1500, row, 7), Sketch(1500, row, 7)
+    plain._by_kernel = False
+    for sketch in (ours, plain):
+        sketch.count = 2**31 - 100  # were added before
+        sketch.add(row)
+    torch.testing.assert_close(ours.values, plain.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.square, plain.square.to(DEVICE), rtol=1e-6, atol=0)
     row[3] = NAN
     ours.add(row)
     assert ours.square.isnan()

@@ -82,7 +82,9 @@ def sketch(
     k = len(sums)
     with torch.cuda.device_of(values):
         launch: Any = _sketch[(len(squares),)]
-        launch(values, len(values), sums, squares, table, k, first, base, BLOCK=_SUMS)
+        count, begin = len(values), first // k
+        end = (first + count - 1) // k + 1  # here, where no sum can leave int32
+        launch(values, count, sums, squares, table, k, first, begin, end, base, BLOCK=_SUMS)
 
 
 def sketch_programs(k: int) -> int:
@@ -216,13 +218,13 @@ def _weighted_sum(rows, stride, weights, out, columns, n, BLOCK: tl.constexpr, W
     tl.store(out + column, total.to(out.dtype.element_ty), mask=column < columns)
 
 
-@triton.jit
-def _sketch(values, count, sums, squares, table, k, first, base, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "begin", "end", "base"])  # others in each bucket and step
+def _sketch(values, count, sums, squares, table, k, first, begin, end, base, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     j = program * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     square = tl.zeros([1], tl.float64)
-    for chunk in range(first // k, (first + count - 1) // k + 1):
+    for chunk in range(begin, end):
         mixed = _mix((base + 2 * tl.cast(chunk, tl.int64)) & 0xFFFFFFFF)
         shift = tl.where(chunk == 0, 0, mixed % k)
         start = _mix(mixed ^ 0x5BD1E995) % _SPREAD
