@@ -236,6 +236,29 @@ def test_the_mean_of_groups_of_other_sizes_is_that_of_all_ranks(nonfinite: str) 
     assert record.weights == pytest.approx([1 / 3, 2 / 3])
 
 
+def guarded(wire: Wire) -> Tensor:
+    """With so little memory that a rank waits for others to read what it sent."""
+    options = {"sketch": 2**15, "scope": "bucket", "groups": 2, "guard": "drop"}
+    aggregation = Aggregation(GrainState(**options), wire)
+    buffers = [gradient(wire.rank, b, n) for b, n in enumerate([1, 30001, 1, 1, 9001])]
+    before = sketched_module.SCRATCH_BYTES
+    sketched_module.SCRATCH_BYTES = 100
+    try:
+        for buffer in buffers:
+            aggregation.push(buffer)
+        aggregation.finish()
+    finally:
+        sketched_module.SCRATCH_BYTES = before
+    return torch.cat(buffers)
+
+
+def test_the_guard_waits_for_nobody_who_waits_for_memory() -> None:
+    """One rank of a group may have no column of a bucket, and so go ahead of the other."""
+    found = values("memory", 4, guarded)
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert found[0].isfinite().all()
+
+
 def test_only_the_sketch_is_exchanged() -> None:
     """In bfloat16; the gradients go through the backend's own sum."""
     k, n = 600, 3

@@ -196,6 +196,7 @@ class Aggregation:
             stages.reduce(bucket)
         found = [bucket.sum.weights() for bucket in buckets if bucket.sum is not None]
         stages.complete(buckets)
+        self.guard.complete()
         return found
 
     @contextmanager

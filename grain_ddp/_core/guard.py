@@ -33,8 +33,8 @@ class Numbers:
         self._ready: torch.cuda.Event | None = None
 
     def fetch(self) -> None:
-        """Complete the exchange; on a GPU, start the copy to the host, which does not wait."""
-        self._transfer.wait()
+        """Receive them; on a GPU, start the copy to the host, which does not wait."""
+        self._transfer.arrive()
         if self._rows.device.type == "cuda":
             host = torch.empty(self._rows.shape, dtype=self._rows.dtype, pin_memory=True)
             host.copy_(self._rows, non_blocking=True)
@@ -89,6 +89,7 @@ class Guard:
         self._names: list[str] = []
         self._earlier: list[dict[str, Tensor]] = []  # of the passes before this one
         self.left_out: set[int] = set()  # rows, from their detection on
+        self._sent: list[Transfer] = []  # in this step
 
     def push(self, buffer: Tensor, parts: Parts) -> None:
         """Note the numbers of a flat bucket, of which `parts` are the tensors, in order."""
@@ -118,7 +119,18 @@ class Guard:
         passes = [torch.stack([one[name] for name in names], 1) for one in self._earlier]
         own = torch.stack([*passes, torch.cat(self._pushed, 1)])
         self._pushed, self._names = [], []
-        return Numbers(step, names, *self._wire.share(own.view(-1), "the numbers of the gradients"))
+        transfer, rows = self._wire.share(own.view(-1), "the numbers of the gradients")
+        self._sent.append(transfer)
+        return Numbers(step, names, transfer, rows)
+
+    def complete(self) -> None:
+        """Wait until others have received what was sent in this step.
+
+        Not before its end: until then a rank may wait, for memory, for this one to read its rows.
+        """
+        for transfer in self._sent:
+            transfer.wait()
+        self._sent = []
 
     def judge(self, begun: Numbers | None) -> None:
         """Decide on what was begun. With "warn" on a GPU: on what has reached the host since."""

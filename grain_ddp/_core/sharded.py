@@ -185,6 +185,7 @@ class ShardedAggregation:
             found, kind, record = self._found, self._kind, None
             self._kind, self._found = None, []
             self._numbers, self._pushed = self._pushed, 0
+            self.guard.complete()
             self.guard.drop()
             suspects = self.guard.take()
             weighed = kind is not None and kind.has_gramian
