@@ -398,3 +398,27 @@ def test_what_is_said_is_checked() -> None:
         state.batch(label="b", samples=1)
     with pytest.raises(ValueError, match="it told label and samples, and now loss"):
         state.batch(loss=1)
+
+
+def test_the_mean_of_labels_is_one_of_those_that_are_there() -> None:
+    said: list[list[dict[str, Any] | None]] = [[{"label": one} for one in "abc"]]
+    said += [[{"label": "a"}] * 3]
+    options = {"groups": "label", "weighting": "mean"}
+    _, records = values("threads", 3, train, options, said)[0]
+    assert records[1].norm_mean == pytest.approx(records[1].norm_aggregate)
+    assert records[0].norm_mean == pytest.approx(records[0].norm_aggregate)
+    assert np.isnan(records[1].noise_scale)
+    assert records[1].conflicts_mean == 0
+
+
+def test_an_empty_batch_is_no_suspect() -> None:
+    said: list[list[dict[str, Any] | None]] = [[{"samples": c} for c in (3, 2, 0)]] * 3
+    options = {"weighting": "mean", "guard": "raise"}
+    results, records = values("threads", 3, train, options, said, 2)[0]
+    assert all(result.isfinite().all() for result in results)
+    assert not any(record.suspects for record in records)
+
+
+def test_krum_needs_more_groups_than_labels_may_be() -> None:
+    with pytest.raises(ValueError, match="needs five groups in every step"):
+        GrainState(groups="label", weighting="krum")

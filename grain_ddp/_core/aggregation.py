@@ -114,7 +114,7 @@ class Aggregation:
                     buffer.zero_()
                     return
             if self.options.guard == "drop" and self._stages.kind is Kind.WEIGHTS_PER_BUCKET:
-                bucket.numbers = self.guard.begin(self.state.step)
+                bucket.numbers = self.guard.begin(self.state.step, self.state.batches.empty)
             self._advance()
 
     def finish(self) -> StepRecord | None:
@@ -182,7 +182,7 @@ class Aggregation:
     def _complete(self) -> list[AnyWeights]:
         """Take all buckets to their last stage. The weights that were found."""
         stages, buckets, kind = self._stages, self._buckets, self._stages.kind
-        numbers = self.guard.begin(self.state.step)
+        numbers = self.guard.begin(self.state.step, self.state.batches.empty)
         self.guard.compare_replicas(self.state.step)
         for bucket in buckets:
             stages.cross(bucket)

@@ -120,6 +120,11 @@ class Batches:
             )
         self._fixed = True
 
+    @property
+    def empty(self) -> list[int]:
+        """The passes of the step under way that had no samples."""
+        return [i for i, batch in enumerate(self._step) if batch.samples == 0]
+
     def clear(self) -> None:
         """The step is complete, or broken off."""
         self._step, self.last, self.over = [], None, False

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -20,6 +21,9 @@ from grain_ddp._math.suspicion import Finding, History, minority
 from grain_ddp._wire.wire import Transfer, Wire
 
 logger = logging.getLogger("grain_ddp")
+
+ABSENT = -1.0
+"""In place of the numbers of a batch without samples, whose gradient may be anything."""
 
 HISTORIES = 64
 """Of so many sets of tensors the past is kept: those of a step, or with "drop" of each bucket."""
@@ -111,13 +115,14 @@ class Guard:
             self._earlier.append(dict(zip(self._names, columns, strict=True)))
             self._pushed, self._names = [], []
 
-    def begin(self, step: int) -> Numbers | None:
-        """Start to exchange what was noted since the last time."""
+    def begin(self, step: int, empty: Sequence[int] = ()) -> Numbers | None:
+        """Start to exchange what was noted since the last time; `empty`: passes without samples."""
         if not self._pushed:
             return None
         names = tuple(self._names)
         passes = [torch.stack([one[name] for name in names], 1) for one in self._earlier]
         own = torch.stack([*passes, torch.cat(self._pushed, 1)])
+        own[list(empty)] = ABSENT
         self._pushed, self._names = [], []
         transfer, rows = self._wire.share(own.view(-1), "the numbers of the gradients")
         self._sent.append(transfer)
@@ -142,7 +147,11 @@ class Guard:
 
     def _decide(self, numbers: Numbers) -> None:
         names = numbers.names
-        values = numbers.rows().view(-1, 2, len(names)).numpy()
+        values = numbers.rows().view(-1, 2, len(names)).numpy().copy()
+        absent = (values == ABSENT).all((1, 2))
+        if absent.all():
+            return
+        values[absent] = np.median(values[~absent], axis=0)  # so that they do not stand out
         history = self._histories.pop(names, None) or History(len(values), len(names))
         self._histories[names] = history  # the latest last
         if len(self._histories) > HISTORIES:

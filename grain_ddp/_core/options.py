@@ -90,6 +90,11 @@ class Options:
                 "gradients themselves go through the backend's own reduction. Leave out one of "
                 "them."
             )
+        if self.groups == "label" and self.weighting in ("krum", "multi_krum"):
+            raise ValueError(
+                f"grain_ddp: weighting={self.weighting!r} needs five groups in every step, and "
+                'groups="label" may have fewer. Take groups="rank".'
+            )
         for name in ("cap", "normalize"):
             if getattr(self, name) and self.weighting != "min_norm":
                 raise ValueError(

@@ -147,7 +147,7 @@ class ShardedAggregation:
                 self._marks.begin(self.state.step)
             numbers = None
             if self.options.guard == "drop" and self.options.scope == "bucket":
-                numbers = self.guard.begin(self.state.step)
+                numbers = self.guard.begin(self.state.step, self.state.batches.empty)
             bucket = _Bucket(owned)
             self._buckets.append(bucket)
             for views in owned:
@@ -179,7 +179,7 @@ class ShardedAggregation:
         """Complete the step. Returns its record, if one is due."""
         try:
             self.guard.compare_replicas(self.state.step)
-            self._judge(self.guard.begin(self.state.step))
+            self._judge(self.guard.begin(self.state.step, self.state.batches.empty))
             if self._buckets:
                 self._weigh()
             found, kind, record = self._found, self._kind, None

@@ -72,10 +72,18 @@ class StepRecord:
         """‖d‖ of the step's result d = Σ wᵢ gᵢ."""
         return float(np.sqrt(np.maximum(self._total[2], 0.0)))
 
+    @cached_property
+    def _present(self) -> Array:
+        """The Gramian of the groups that a mean is taken of: of labels, of those in this step."""
+        gramian = self._total[0]
+        there = np.diagonal(gramian) != 0
+        return gramian if self.labels is None else gramian[np.ix_(there, there)]
+
     @property
     def norm_mean(self) -> float:
-        """‖ḡ‖ of the plain mean over all n groups."""
-        return float(np.sqrt(np.maximum(self._total[0].mean(), 0.0)))
+        """‖ḡ‖ of the plain mean over all n groups; with labels, over those in this step."""
+        gramian = self._present
+        return float(np.sqrt(np.maximum(gramian.mean(), 0.0))) if len(gramian) else 0.0
 
     @property
     def norms(self) -> Array:
@@ -108,7 +116,9 @@ class StepRecord:
     @property
     def conflicts_mean(self) -> int:
         """In how many of the n pairs (mean, gᵢ) the inner product is negative."""
-        return self._conflicts(self._total[0].mean(1), self.norms.mean())
+        there = np.diagonal(self._total[0]) != 0 if self.labels is not None else slice(None)
+        gramian, norms = self._total[0][:, there], self.norms[there]
+        return self._conflicts(gramian.mean(1), norms.mean()) if gramian.shape[1] else 0
 
     @property
     def conflicts_aggregate(self) -> int:
@@ -133,9 +143,9 @@ class StepRecord:
         (arXiv 1812.06162, appendix A.1), here from the n group gradients (the small batch) and
         their mean (the big one). NaN for one group; inf where the estimate of ‖G‖² is not positive.
         """
-        gramian = self._total[0]
+        gramian = self._present
         n = len(gramian)
-        if n == 1:
+        if n <= 1:
             return float("nan")
         small, big = np.diagonal(gramian).mean(), gramian.mean()
         with np.errstate(invalid="ignore"):
