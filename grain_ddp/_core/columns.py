@@ -65,7 +65,7 @@ class Columns:
         self._scratch: Scratch | None = None  # whose memory this holds, if any
         self._sent: Sequence[Tensor] = ()
         self._rows: Sequence[Tensor] = ()  # [r, c] of all groups; or two such, side by side
-        self._stash: Views = ()  # in their place, where the slots are no matrix: the same, flat
+        self._flat: Views = ()  # in their place, where the slots are no matrix: the same, flat
         self._scales: Tensor | None = None  # what rows of a narrow dtype are multiplied with, [r]
 
     # The stages.
@@ -144,14 +144,14 @@ class Columns:
             self._sum(rows, factors, dropped, result, exact)
             write(self.own, result)
         self.reduced = True
-        self._rows, self._stash, self._scales = (), (), None
+        self._rows, self._flat, self._scales = (), (), None
         if not self.narrow:  # else what was sent is in the same memory
             self._let_go()
 
     def end(self) -> None:
         """Forget the rows, of which only the Gramian was wanted, when others have read them."""
         self.transfer.wait()
-        self._rows, self._stash, self._scales = (), (), None
+        self._rows, self._flat, self._scales = (), (), None
         self._let_go()
 
     def gather(self, scratch: Scratch, limit: int) -> Transfer:
@@ -203,7 +203,7 @@ class Columns:
         if self.home is None:
             free = part([view for views in self.slots for view in views], 0, rows.numel())
             write(free, rows.view(-1))
-            self._stash = [*free, rows.view(-1)[length(free) :].clone()]
+            self._flat = [*free, rows.view(-1)[length(free) :].clone()]
             self._rows = [rows.new_empty(0, rows.shape[1])]
             return
         width = self.home.shape[1]
@@ -240,8 +240,8 @@ class Columns:
         """Rows [r, c], and where the result of these columns belongs, if that is one place."""
         start = 0
         for rows in self._rows:
-            if self._stash:
-                rows = read(self._stash, rows).view(-1, rows.shape[1])
+            if self._flat:
+                rows = read(self._flat, rows).view(-1, rows.shape[1])
             stop = start + rows.shape[1]
             yield rows, self.own[0][start:stop] if self.own else rows[0]
             start = stop
