@@ -401,3 +401,27 @@ def test_a_suspect_comes_first_also_from_records_without_a_gramian() -> None:
     assert "NaN or inf" not in words(records)
     again = run_of([*records, *records[10:12]])  # resumed before the second, which is to come again
     assert [suspect.step for suspect in again.suspects] == [5]
+
+
+def test_labels_have_their_names_and_come_and_go() -> None:
+    """A new label leaves what was recorded before it; that one is absent is no finding."""
+    draw = np.random.default_rng(0)
+    records = []
+    for step in range(60):
+        labels = ("math", "code", "law")[: 2 if step < 30 else 3]
+        rows = draw.normal(size=(len(labels), 40)) + 0.5
+        if step % 3 == 0 and len(labels) == 3:
+            rows[2] = 0
+        rows[0] *= 30
+        gramian = rows @ rows.T
+        found = weigh(gramian, "mean")
+        records.append(StepRecord(step, **vars(found), labels=labels))
+    kept = run_of(records)
+    assert kept.n == 3
+    assert kept.records == 60
+    assert kept.labels == ("math", "code", "law")
+    np.testing.assert_allclose(kept.norms[3], [*records[3].norms, 0])
+    said = "\n".join(finding.text for finding in findings(kept))
+    assert 'Group "math"\'s gradient is' in said
+    assert "exactly zero" not in said
+    assert "number of groups changed" not in said

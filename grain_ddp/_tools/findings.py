@@ -147,18 +147,20 @@ def _broken(run: Run) -> Iterator[Finding]:
     for group, times in sorted(run.dropped.items()):
         yield Finding(
             "records",
-            f"Group {group} was dropped in {times} of {total} records: it had NaN or inf.",
+            f"{run.name(group)} was dropped in {times} of {total} records: it had NaN or inf.",
             LOOK,
-            f"Group {group} was dropped",
+            f"{run.name(group)} was dropped",
         )
-    absent = Counter(np.nonzero(~run.present)[1].tolist()) if len(run.steps) else Counter[int]()
+    absent = Counter[int]()
+    if len(run.steps) and run.labels is None:  # else a step need not have a batch of each
+        absent.update(np.nonzero(~run.present)[1].tolist())
     for group, times in sorted(absent.items()):
         yield Finding(
             "records",
-            f"Group {group} had a gradient of exactly zero in {times} of {total} records. "
+            f"{run.name(group)} had a gradient of exactly zero in {times} of {total} records. "
             "It ran out of data, or its loss does not reach the parameters.",
             LOOK if times > OFTEN * total else None,
-            f"Group {group} often has no gradient",
+            f"{run.name(group)} often has no gradient",
         )
     for status, times in run.statuses.items():
         if status not in ORDINARY:
@@ -170,11 +172,11 @@ def _outliers(run: Run) -> Iterator[Finding]:
         found, typical = run.mean_cosine[group], np.nanmedian(run.mean_cosine)
         yield Finding(
             "direction",
-            f"Group {group} is an outlier: the cosine of its gradient to the sum of the others' is "
-            f"{found:.2f} on average, and {typical:.2f} for the median group. Look at its data and "
-            "labels first.",
+            f"{run.name(group)} is an outlier: the cosine of its gradient to the sum of the "
+            f"others' is {found:.2f} on average, and {typical:.2f} for the median group. Look at "
+            "its data and labels first.",
             BAD,
-            f"Group {group} is an outlier",
+            f"{run.name(group)} is an outlier",
         )
 
 
@@ -191,7 +193,7 @@ def _lengths(run: Run) -> Iterator[Finding]:
                 else "It fits its data already, or its loss is scaled down. Min-norm gives it a "
                 "large weight."
             )
-            said = f"Group {group}'s gradient is {times:.1f} times as {way} as the median one"
+            said = f"{run.name(group)}'s gradient is {times:.1f} times as {way} as the median one"
             yield Finding("length", f"{said}. {why}", LOOK, said)
 
 
@@ -254,9 +256,9 @@ def _grain(run: Run) -> Iterator[Finding]:
         yield Finding(
             "weights",
             f"GRAIN's weights {'are' if run.min_norm else 'would be'} uneven over the whole run: "
-            f"{weights[top]:.2g} for group {top} and {weights[low]:.2g} for group {low} on "
-            f"average, where the mean gives {fair:.2g}. It favours short gradients, of data that "
-            "the model fits already.",
+            f"{weights[top]:.2g} for {run.name(top)} and {weights[low]:.2g} for {run.name(low)} "
+            f"on average, where the mean gives {fair:.2g}. It favours short gradients, of data "
+            "that the model fits already.",
         )
     if ruled(run) >= MANY:
         had = "had" if run.min_norm else "would have had"

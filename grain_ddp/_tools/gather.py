@@ -30,6 +30,7 @@ class Gathering:
 
     def _start(self, n: int) -> None:
         self.n, self._every = n, 1
+        self.labels: tuple[str, ...] | None = None
         self._kinds: list[tuple[int, Kind]] = []  # with the step, of every record
         self._known: dict[Kind, Kind] = {}  # one of each, however many records
         self._upper = np.triu_indices(n)
@@ -37,9 +38,14 @@ class Gathering:
 
     def add(self, record: StepRecord) -> None:
         gramians = record.gramian
-        if gramians.shape[-1] != self.n:
+        n = gramians.shape[-1]
+        known = self.labels is not None and record.labels is not None
+        if known and self.labels == (record.labels or ())[: self.n]:
+            self._widen(n)
+        elif n != self.n:
             self.left_out += len(self._kinds)
-            self._start(gramians.shape[-1])
+            self._start(n)
+        self.labels = record.labels
         while self._kinds and self._kinds[-1][0] >= record.step:
             self._kinds.pop()
         while self._suspects and self._suspects[-1].step >= record.step:
@@ -68,6 +74,19 @@ class Gathering:
                     [[record.step, square, gap], weights, products[:, 0], whole[self._upper]]
                 )
             )
+
+    def _widen(self, n: int) -> None:
+        """There are more labels than before, which no record so far had."""
+        if n == self.n:
+            return
+        more, rows, old = n - self.n, self._rows, self.n
+        weights, products = rows[:, 3 : 3 + old], rows[:, 3 + old : 3 + 2 * old]
+        gramians = np.zeros((len(rows), n, n))
+        gramians[:, self._upper[0], self._upper[1]] = rows[:, 3 + 2 * old :]
+        self.n, self._upper = n, np.triu_indices(n)
+        none = np.zeros((len(rows), more))
+        triangles = gramians[:, self._upper[0], self._upper[1]]
+        self._rows = np.hstack([rows[:, :3], weights, none, products, none, triangles])
 
     def _keep(self, row: Array) -> None:
         if self._count == len(self._rows):
@@ -103,6 +122,7 @@ class Gathering:
             products=products,
             triangles=triangles,
             suspects=tuple(self._suspects),
+            labels=self.labels,
         )
 
 

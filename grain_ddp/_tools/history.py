@@ -112,6 +112,11 @@ class Run:
     products: Array  # [T, n], of the step that was taken with each group's gradient
     triangles: Array  # [T, n(n+1)/2], upper halves of the Gramians, row by row
     suspects: tuple[Suspect, ...] = ()
+    labels: tuple[str, ...] | None = None  # of the groups, where these are made by label
+
+    def name(self, i: int) -> str:
+        """What a group is called."""
+        return f"Group {i}" if self.labels is None else f'Group "{self.labels[i]}"'
 
     @property
     def records(self) -> int:

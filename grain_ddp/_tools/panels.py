@@ -186,7 +186,7 @@ def _groups(run: Run, values: Array) -> tuple[list[Series], tuple[Array, Array] 
         series = [
             Series(label if k == 0 else "", "group", curves[:, i]) for k, i in enumerate(others)
         ]
-    marks = [Series(f"group {i}", f"mark{k}", curves[:, i]) for k, i in enumerate(marked)]
+    marks = [Series(run.name(i), f"mark{k}", curves[:, i]) for k, i in enumerate(marked)]
     return series + marks, band
 
 
