@@ -422,3 +422,24 @@ def test_an_empty_batch_is_no_suspect() -> None:
 def test_krum_needs_more_groups_than_labels_may_be() -> None:
     with pytest.raises(ValueError, match="needs five groups in every step"):
         GrainState(groups="label", weighting="krum")
+
+
+def nearly_opposed(wire: Wire) -> tuple[Tensor, StepRecord | None]:
+    """Two rows of one label that all but cancel, and another one."""
+    draw = torch.Generator().manual_seed(0)
+    b, e, other = (torch.randn(20_000, generator=draw) for _ in range(3))
+    rows = [b + 1e-5 * e, -b + 1e-5 * e, 3 * other]
+    state = GrainState(groups="label")
+    aggregation = Aggregation(state, wire)
+    state.batch(label="ab"[wire.rank == 2])
+    buffer = rows[wire.rank].clone()
+    aggregation.push(buffer)
+    return torch.stack([row.double() for row in rows]), aggregation.finish()
+
+
+def test_rows_that_cancel_inside_of_a_group() -> None:
+    every, record = values("threads", 3, nearly_opposed)[0]
+    exact = torch.stack([every[:2].mean(0), every[2]])
+    assert record.active == (0, 1)
+    np.testing.assert_allclose(record.weights, min_norm_weights(exact), rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(record.norms, exact.norm(dim=1), rtol=1e-3)

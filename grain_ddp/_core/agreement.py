@@ -201,6 +201,7 @@ class GramianSum:
         self._state, self._wire, self._columns, self._marks = state, wire, columns, marks
         self._grouping, self._square, self._error = grouping, square, error
         self._left_out = marks.left_out
+        self._inside = False  # whether rows cancel inside of a group
         self.exact = False  # whether the weights are those of an exact Gramian
         self._found: AnyWeights | None = None
         self._start(total)
@@ -227,11 +228,16 @@ class GramianSum:
         """
         if self._found is None:
             self._found = found = self._find()
-            if isinstance(found, Weights) and any(found.cancels(c.dtype) for c in self._columns):
+            if isinstance(found, Weights) and any(self._cancels(found, c) for c in self._columns):
                 self._start(torch.stack([c.gramian(exact=True) for c in self._columns]).sum(0))
                 self._found, self.exact = self._find(), True
             self._columns = ()
         return self._found
+
+    def _cancels(self, found: Weights, columns: Columns) -> bool:
+        """Whether rounding shows: in the sum of the groups, or in the mean of one."""
+        inside = self._inside and columns.dtype != torch.float64
+        return inside or found.cancels(columns.dtype)
 
     def factors_for(self, gradient: Tensor) -> tuple[Tensor, list[int]]:
         """What rows like this gradient are multiplied with, and which are left out."""
@@ -251,6 +257,7 @@ class GramianSum:
         batches = found.get("batches")
         left_out = self._left_out if batches is None else self._group(batches)
         state, grouping = self._state, self._grouping
+        self._inside = grouping.cancels(gramian)
         gramian = grouping.gramian(gramian)
         weights = weights_of(state.options, state.step, gramian, grouping.shares, error, left_out)
         self._marks.weigh(weights)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grain_ddp._core.state import GrainState
 from grain_ddp._math.record import Array
+from grain_ddp._math.weighting import SHORT
 from grain_ddp._wire.wire import Wire
 
 
@@ -96,6 +97,17 @@ class Grouping:
         found = padded[members].sum(1)[:, members].sum(2)
         found.diagonal().clamp_(min=0)  # squares, also where a group's rows cancel to rounding
         return found
+
+    def cancels(self, gramian: Tensor) -> bool:
+        """Whether a group's mean is so short beside its rows that their rounding errors show.
+
+        Those of products in fp32: see `grain_ddp._math.weighting.SHORT`. (On a GPU nobody asks.)
+        """
+        if self.trivial or gramian.device.type != "cpu":
+            return False
+        members, _, share = self._on(gramian.device)
+        terms = torch.nn.functional.pad(share * gramian.diagonal().sqrt(), (0, 1))[members].sum(1)
+        return bool((self.gramian(gramian).diagonal() < (SHORT * terms) ** 2).any())
 
     def spread(self, weights: Tensor) -> Tensor:
         """The rows' weights [n] from the groups' [g]: each row's is its share of its group's."""
