@@ -127,7 +127,8 @@ def soak(step: Callable[[int], None], steps: int) -> tuple[dict[str, float], dic
 
 def grown(before: dict[str, float], after: dict[str, float], mib: float = 1.0) -> list[str]:
     """What has grown, in words."""
-    bounds = {"MiB": mib, "objects": OBJECTS}
+    # A thread of the backend may hold a message's tensor a moment longer.
+    bounds = {"MiB": mib, "objects": OBJECTS, "tensors": 2, "futures": 2}
     return [
         f"{name} from {before[name]:g} to {after[name]:g}"
         for name in before
