@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from grain_ddp._core.agreement import AnyWeights, Marks, record_of, unweighed
+from grain_ddp._core.agreement import AnyWeights, Marks, record_due
 from grain_ddp._core.groups import partition
-from grain_ddp._core.guard import Guard, Numbers
+from grain_ddp._core.guard import Guard
 from grain_ddp._core.options import Kind
 from grain_ddp._core.passes import Parts
-from grain_ddp._core.sketched import Sketched, sketch_size
+from grain_ddp._core.sketched import Sketched, Sketches, sketch_size
 from grain_ddp._core.stages import Bucket, Stages
 from grain_ddp._core.state import GrainState, Owner
 from grain_ddp._core.transposed import Transposed
@@ -63,7 +63,7 @@ class Aggregation:
         k = sketch_size(self.options, wire, self._numbers)
         if k not in self._every:
             arguments = self.state, wire, self._partition, self._marks
-            self._every[k] = Sketched(*arguments, k) if k else Transposed(*arguments)
+            self._every[k] = Sketched(Sketches(*arguments, k)) if k else Transposed(*arguments)
         return self._every[k]
 
     def drop(self) -> None:
@@ -138,16 +138,10 @@ class Aggregation:
         self._passes.drop()
         self._numbers = sum(len(bucket.buffer) for bucket in buckets)
         self.guard.drop()
-        record = self._record(found)
+        suspects = self.guard.take()
+        record = record_due(self.state, self._stages.kind, found, suspects, self.size)
         self.state.advance(record)
         return record
-
-    def _record(self, found: list[AnyWeights]) -> StepRecord | None:
-        """The record, if one is due, or if a rank is suspect. FaultyWorker if that is an error."""
-        suspects = self.guard.take()
-        if self._stages.kind.has_gramian and (self.options.records(self.state.step) or suspects):
-            return record_of(self.state, found, suspects)
-        return unweighed(self.state, self.size, suspects) if suspects else None
 
     @property
     def _last_pass(self) -> bool:
@@ -169,15 +163,9 @@ class Aggregation:
             self._arrive(buckets[-2 - lag])
 
     def _arrive(self, bucket: Bucket) -> None:
-        self._judge(bucket.numbers)
+        self._marks.left_out = self.guard.judge(bucket.numbers, self._groups)
         bucket.numbers = None
         self._stages.arrive(bucket)
-
-    def _judge(self, numbers: Numbers | None) -> None:
-        """Leave out the groups of suspects, if the options say so."""
-        self.guard.judge(numbers)
-        out = self.guard.left_out
-        self._marks.left_out = [g for g, rows in enumerate(self._groups) if out & set(rows)]
 
     def _complete(self) -> list[AnyWeights]:
         """Take all buckets to their last stage. The weights that were found."""
@@ -188,7 +176,7 @@ class Aggregation:
             stages.cross(bucket)
         for bucket in buckets:
             self._arrive(bucket)
-        self._judge(numbers)
+        self._marks.left_out = self.guard.judge(numbers, self._groups)
         # Before any gather, so that the Gramian does not queue behind it.
         if kind.has_gramian and self.options.scope == "global":
             stages.sum(buckets)

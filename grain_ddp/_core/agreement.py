@@ -13,8 +13,9 @@ from torch import Tensor
 
 from grain_ddp._core.columns import Columns
 from grain_ddp._core.groups import Grouping
-from grain_ddp._core.options import Options
+from grain_ddp._core.options import Kind, Options
 from grain_ddp._core.state import GrainState
+from grain_ddp._math.host import Later, to_device
 from grain_ddp._math.record import Array, PendingRecord, StepRecord
 from grain_ddp._math.sketch import rescale
 from grain_ddp._math.suspect import Suspect
@@ -79,25 +80,6 @@ def weights_of(
 _NAMES = "the model", "the number of the step", "the buckets of the step", "the weights so far"
 
 
-class Later:
-    """A tensor on its way to the host, read when it is there."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
-        self._event: Any = None
-        if values.device.type == "cuda":
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.current_stream(values.device).record_event()
-
-    def ready(self) -> bool:
-        """Whether reading it waits for nothing."""
-        return self._event is None or bool(self._event.query())
-
-    def read(self) -> list[Any]:
-        return self._values.tolist()
-
-
 class Marks:
     """What all ranks must have done alike in a step, as a few numbers that travel with a Gramian.
 
@@ -117,9 +99,9 @@ class Marks:
 
     def begin(self, step: int) -> None:
         """Start on a pass. ValueError on every rank that is told of a difference."""
-        while self._told and self._told[0][1].ready():
+        while self._told and self._told[0][1].ready:
             told, differs = self._told.pop(0)
-            found = [name for name, bad in zip(_NAMES, differs.read(), strict=True) if bad]
+            found = [name for name, bad in zip(_NAMES, differs.read().tolist(), strict=True) if bad]
             if found:
                 self._told = []
                 raise ValueError(
@@ -150,7 +132,7 @@ class Marks:
         values = (self._number, self._step, self._layout, self._weights)
         marks = [value % _PRIME for value in values]
         numbers = torch.tensor([*marks, *(m * m for m in marks)], dtype=torch.float64)
-        return numbers.to(device, non_blocking=True)
+        return to_device(numbers, device)
 
     def compare(self, own: Tensor, sums: Tensor, *, later: bool) -> None:
         """Given the sums of all ranks' numbers: ValueError on every rank if they differ.
@@ -297,8 +279,18 @@ def record_of(
     return _record_of(step, single, buckets, suspects, said)
 
 
-def unweighed(state: GrainState, n: int, suspects: tuple[Suspect, ...]) -> StepRecord:
-    """The record of a step with suspects and without a Gramian, of n groups."""
+def record_due(
+    state: GrainState,
+    kind: Kind,
+    found: Sequence[AnyWeights],
+    suspects: tuple[Suspect, ...],
+    n: int,
+) -> StepRecord | None:
+    """The record of a step of n groups, if one is due or a rank is suspect."""
+    if kind.has_gramian and (state.options.records(state.step) or suspects):
+        return record_of(state, found, suspects)
+    if not suspects:
+        return None
     if state.options.groups == "label":  # as many as in the records beside it
         n = len(state.batches.labels) or n
     return record_of(state, [uniform(n)], suspects)

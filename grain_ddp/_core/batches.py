@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grain_ddp._math.host import to_device
 from grain_ddp._math.record import Array
 from grain_ddp._wire.wire import Wire
 
@@ -121,6 +122,11 @@ class Batches:
         self._fixed = True
 
     @property
+    def _words(self) -> int:
+        """How many numbers carry a label."""
+        return LABEL_BYTES // _WORD if "label" in self.told else 0
+
+    @property
     def empty(self) -> list[int]:
         """The passes of the step under way that had no samples."""
         return [i for i, batch in enumerate(self._step) if batch.samples == 0]
@@ -131,8 +137,8 @@ class Batches:
 
     def numbers(self, rank: int, size: int, like: Tensor) -> Tensor:
         """This rank's, in those of all ranks, which are zero: flat float64, on that device."""
-        words = LABEL_BYTES // _WORD if "label" in self.told else 0
-        width, m = 3 + words, self._passes
+        words, m = self._words, self._passes
+        width = 3 + words
         own = torch.zeros(m, width, dtype=torch.float64)
         whole = len(self._step) == m
         for row, batch in zip(own, self._step if whole else (), strict=False):
@@ -145,7 +151,7 @@ class Batches:
             said += [int.from_bytes(word, "big") for word in found]
             row[:] = torch.tensor(said, dtype=torch.float64)
         every = torch.zeros(size, m, width, dtype=torch.float64, device=like.device)
-        every[rank] = own.to(like.device)
+        every[rank] = to_device(own, like.device)
         for i, batch in enumerate(self._step if whole else ()):
             if isinstance(batch.loss, Tensor) and batch.loss.device.type != "cpu":
                 every[rank, i, 2] = batch.loss
@@ -157,7 +163,7 @@ class Batches:
         Raises:
             ValueError: some rank said nothing, or not of each pass.
         """
-        words = LABEL_BYTES // _WORD if "label" in self.told else 0
+        words = self._words
         table = numbers.view(-1, 3 + words).cpu().numpy()
         silent = sorted({i // self._passes for i in np.flatnonzero(table[:, 0] != 1).tolist()})
         if silent:

@@ -6,7 +6,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from grain_ddp._core.digest import bits, numbers
 from grain_ddp._core.options import Options
 from grain_ddp._core.passes import Parts
+from grain_ddp._math.host import Later
 from grain_ddp._math.suspect import FaultyWorker, Suspect
 from grain_ddp._math.suspicion import Finding, History, minority
 from grain_ddp._wire.wire import Transfer, Wire
@@ -29,31 +30,13 @@ HISTORIES = 64
 """Of so many sets of tensors the past is kept: those of a step, or with "drop" of each bucket."""
 
 
-class Numbers:
-    """Numbers of some tensors on their way to every rank; on a GPU, then on to the host."""
+class Numbers(NamedTuple):
+    """Numbers of some tensors, by name, on their way to every rank."""
 
-    def __init__(self, step: int, names: tuple[str, ...], transfer: Transfer, rows: Tensor) -> None:
-        self.step, self.names, self._transfer, self._rows = step, names, transfer, rows
-        self._ready: torch.cuda.Event | None = None
-
-    def fetch(self) -> None:
-        """Receive them; on a GPU, start the copy to the host, which does not wait."""
-        self._transfer.arrive()
-        if self._rows.device.type == "cuda":
-            host = torch.empty(self._rows.shape, dtype=self._rows.dtype, pin_memory=True)
-            host.copy_(self._rows, non_blocking=True)
-            self._ready = torch.cuda.current_stream(self._rows.device).record_event()
-            self._rows = host
-
-    @property
-    def arrived(self) -> bool:
-        return self._ready is None or bool(self._ready.query())  # type: ignore[no-untyped-call]
-
-    def rows(self) -> Tensor:
-        """The numbers on the host: waits for them."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._rows
+    step: int
+    names: tuple[str, ...]
+    transfer: Transfer
+    rows: Tensor
 
 
 class Replicated(Protocol):
@@ -77,7 +60,7 @@ class Guard:
         self._owner = owner
         self._histories: dict[tuple[str, ...], History] = {}
         self._strikes: Counter[int] = Counter()
-        self._queue: list[Numbers] = []
+        self._queue: list[tuple[int, tuple[str, ...], Later]] = []
         self._compared = torch.empty(0)  # the digests of the model, the last time
         self.found: list[Suspect] = []  # since the last record
         self.places = [("", "")] * wire.size
@@ -137,17 +120,21 @@ class Guard:
             transfer.wait()
         self._sent = []
 
-    def judge(self, begun: Numbers | None) -> None:
-        """Decide on what was begun. With "warn" on a GPU: on what has reached the host since."""
-        if begun is not None:
-            begun.fetch()
-            self._queue.append(begun)
-        while self._queue and (self._action in ("drop", "raise") or self._queue[0].arrived):
-            self._decide(self._queue.pop(0))
+    def judge(self, begun: Numbers | None, groups: Sequence[Sequence[int]]) -> list[int]:
+        """Decide on what was begun. With "warn" on a GPU: on what has reached the host since.
 
-    def _decide(self, numbers: Numbers) -> None:
-        names = numbers.names
-        values = numbers.rows().view(-1, 2, len(names)).numpy().copy()
+        Returns:
+            Which of the groups of rows are left out of the step, as one of their rows is.
+        """
+        if begun is not None:
+            begun.transfer.arrive()
+            self._queue.append((begun.step, begun.names, Later(begun.rows)))
+        while self._queue and (self._action in ("drop", "raise") or self._queue[0][2].ready):
+            self._decide(*self._queue.pop(0))
+        return [g for g, rows in enumerate(groups) if not self.left_out.isdisjoint(rows)]
+
+    def _decide(self, step: int, names: tuple[str, ...], rows: Later) -> None:
+        values = rows.read().view(-1, 2, len(names)).numpy().copy()
         absent = (values == ABSENT).all((1, 2))
         if absent.all():
             return
@@ -159,7 +146,7 @@ class Guard:
         found = history.look(values[:, 0], values[:, 1])
         if self._action == "drop" and 2 * len(found) <= len(values):
             self.left_out |= {one.row for one in found}
-        self._tell(numbers.step, names, found)
+        self._tell(step, names, found)
 
     def _tell(self, step: int, names: Sequence[str], found: Sequence[Finding]) -> None:
         """Name the ranks: in the log of rank 0, and in the next record or error."""

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_of, unweighed
+from grain_ddp._core.agreement import AnyWeights, GramianSum, Marks, record_due
 from grain_ddp._core.columns import Columns
 from grain_ddp._core.groups import Grouping, partition
-from grain_ddp._core.guard import Guard, Numbers
+from grain_ddp._core.guard import Guard
 from grain_ddp._core.narrow import decode, encoded, message_for
 from grain_ddp._core.options import Kind
 from grain_ddp._core.scratch import Scratch
 from grain_ddp._core.sketched import Exchange, Sketches, sketch_size
 from grain_ddp._core.state import GrainState, Owner
-from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES
+from grain_ddp._core.transposed import MESSAGE_BYTES, SCRATCH_BYTES, equal
 from grain_ddp._core.views import Views, length, matrix, part, read, write
 from grain_ddp._math.gramian import weigh_
 from grain_ddp._math.record import StepRecord
@@ -157,7 +157,7 @@ class ShardedAggregation:
                 self._receive(bucket, self._kind.has_gramian)
             elif self._kind.has_gramian:
                 self._add(bucket, self._sketches)
-            self._judge(numbers)
+            self._marks.left_out = self.guard.judge(numbers, self._groups)
             if self.options.scope == "bucket" or not self._kind.has_gramian:
                 self._weigh()
         except BaseException:
@@ -179,32 +179,23 @@ class ShardedAggregation:
         """Complete the step. Returns its record, if one is due."""
         try:
             self.guard.compare_replicas(self.state.step)
-            self._judge(self.guard.begin(self.state.step, self.state.batches.empty))
+            numbers = self.guard.begin(self.state.step, self.state.batches.empty)
+            self._marks.left_out = self.guard.judge(numbers, self._groups)
             if self._buckets:
                 self._weigh()
-            found, kind, record = self._found, self._kind, None
+            found, kind = self._found, self._kind or Kind.PLAIN_MEAN
             self._kind, self._found = None, []
             self._numbers, self._pushed = self._pushed, 0
             self.guard.complete()
             self.guard.drop()
             suspects = self.guard.take()
-            weighed = kind is not None and kind.has_gramian
-            if weighed and (self.options.records(self.state.step) or suspects):
-                record = record_of(self.state, found, suspects)
-            elif suspects:
-                record = unweighed(self.state, len(self._groups), suspects)
+            record = record_due(self.state, kind, found, suspects, len(self._groups))
         except BaseException:
             self.drop()
             self.state.batches.over = True
             raise
         self.state.advance(record)
         return record
-
-    def _judge(self, numbers: Numbers | None) -> None:
-        """Leave out the groups of suspects, if the options say so."""
-        self.guard.judge(numbers)
-        out = self.guard.left_out
-        self._marks.left_out = [g for g, ranks in enumerate(self._groups) if out & set(ranks)]
 
     def _add(self, bucket: _Bucket, sketches: Sketches) -> None:
         """Add the gradient to the sketch."""
@@ -259,20 +250,16 @@ class ShardedAggregation:
             summed = None
         for bucket in self._buckets:
             if sketches is not None:
-                weight = self._equal(bucket)[0]
+                weight = equal(self.wire.size, bucket.like)[0]
                 if summed is not None:
                     weight = sketches.weight(summed, bucket.like)
                 self._reduce_scatter(bucket, weight * self.scale)
             elif summed is None:
-                self._reduce(bucket, self._equal(bucket) * self.scale)
+                self._reduce(bucket, equal(self.wire.size, bucket.like) * self.scale)
             else:
                 factors, dropped = summed.factors_for(bucket.like)
                 self._reduce(bucket, factors * self.scale, dropped, summed.exact)
         self._buckets, self._sketch = [], None
-
-    def _equal(self, bucket: _Bucket) -> Tensor:
-        n = self.wire.size
-        return torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.like.device)
 
     def _sum(self) -> GramianSum:
         """The sum of the Gramian of what waits, over the ranks."""
@@ -309,7 +296,7 @@ class ShardedAggregation:
                 weigh_(view, weight * n if near else weight)
         if near:
             self._receive(bucket, False)
-            self._reduce(bucket, self._equal(bucket))
+            self._reduce(bucket, equal(self.wire.size, bucket.like))
             return
         parts = [read(views, like) for views in bucket.owned]
         write(bucket.owned[self.wire.rank], self.wire.reduce_scatter(parts, "the gradients"))

@@ -73,7 +73,8 @@ class Sketches:
         self.state, self.marks, self.k = state, marks, k
         self.inside: Wire | None = None
         self.across, self.grouping = wire, Grouping(groups)
-        self._wire, self._places = wire, Grouping([[rank] for rank in range(wire.size)])
+        self.wire, self.rows = wire, len(groups)
+        self._places = Grouping([[rank] for rank in range(wire.size)])
         if in_levels(groups, state):
             self.inside, self.across = levels(groups, wire)
             self.grouping = Grouping([[row] for row in range(len(groups))])
@@ -91,7 +92,7 @@ class Sketches:
     def weight(self, summed: GramianSum, like: Tensor) -> Tensor:
         """This rank's own weight, a scalar, for a gradient like that."""
         factors, _ = summed.factors_for(like)
-        return self._places.spread(factors)[self._wire.rank]
+        return self._places.spread(factors)[self.wire.rank]
 
 
 class Exchange:
@@ -160,19 +161,12 @@ class Exchange:
 class Sketched(Stages):
     """A sketch is exchanged for the weights; the gradients are weighed and summed as plain ones."""
 
-    def __init__(
-        self,
-        state: GrainState,
-        wire: Wire,
-        groups: Sequence[Sequence[int]],
-        marks: Marks,
-        k: int,
-    ) -> None:
-        super().__init__(state, marks)
-        self.wire, self.rows = wire, len(groups)
-        self._sketches = Sketches(state, wire, groups, marks, k)
-        self.inside = self._sketches.inside is not None
-        self._plain = Transposed(state, wire, [[rank] for rank in range(wire.size)], marks)
+    def __init__(self, sketches: Sketches) -> None:
+        super().__init__(sketches.state, sketches.marks)
+        self._sketches, wire = sketches, sketches.wire
+        self.wire, self.rows, self.inside = wire, sketches.rows, sketches.inside is not None
+        ranks = [[rank] for rank in range(wire.size)]
+        self._plain = Transposed(sketches.state, wire, ranks, sketches.marks)
         self.passes = self._plain.passes
         self.drop()
 

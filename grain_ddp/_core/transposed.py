@@ -70,12 +70,16 @@ def own_slice(buffer: Tensor, wire: Wire) -> Tensor:
     return buffer[width * me : len(buffer) if me == wire.size - 1 else width * (me + 1)]
 
 
+def equal(n: int, like: Tensor) -> Tensor:
+    """The factors of a mean of n rows, where a tensor is."""
+    return torch.full((n,), 1 / n, dtype=torch.float64, device=like.device)
+
+
 def mean_inside(every: Sequence[Columns]) -> None:
     """Complete the exchange inside of a group: the own columns hold its mean."""
     for columns in every:
         columns.arrive()
-        n, like = columns.wire.size, columns.own[0]
-        columns.reduce(torch.full((n,), 1 / n, dtype=torch.float64, device=like.device))
+        columns.reduce(equal(columns.wire.size, columns.own[0]))
 
 
 class Transposed(Stages):
@@ -190,7 +194,7 @@ class Transposed(Stages):
             return
         bucket.reduced = True
         if self.kind.averages:
-            factors, dropped, exact = self._equal(self._exchanged, bucket), list[int](), False
+            factors, dropped, exact = equal(self._exchanged, bucket.buffer), list[int](), False
         else:
             assert bucket.sum is not None
             factors, dropped = bucket.sum.factors_for(bucket.buffer)
@@ -223,9 +227,6 @@ class Transposed(Stages):
             for columns in bucket.inside:
                 columns.complete()
         self._largest = max(bucket.own.nbytes for bucket in buckets)
-
-    def _equal(self, n: int, bucket: Bucket) -> Tensor:
-        return torch.full((n,), 1 / n, dtype=torch.float64, device=bucket.buffer.device)
 
     def _limit(self, columns: Columns) -> int:
         """Bytes of scratch for rows that arrive from other groups."""

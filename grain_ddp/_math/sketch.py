@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grain_ddp._math.gramian import has_kernels
+from grain_ddp._math.gramian import _LARGEST, _SMALLEST, has_kernels
 
 SPREAD = 1 << 16
 """At so many places in the table of signs a chunk may begin. (The kernel has the same number.)"""
-
-_SMALLEST, _LARGEST = 1e-30, 1e37  # squares outside have left fp32, or are about to
 
 
 def _mix(x: int) -> int:

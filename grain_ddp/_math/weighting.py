@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grain_ddp._math.gramian import has_kernels
+from grain_ddp._math.host import to_device, to_host
 from grain_ddp._math.qp import EPS, Indices
 from grain_ddp._math.record import Array
 from grain_ddp._math.rules import krum, normalized_min_norm, upgrad
@@ -82,9 +83,7 @@ class Weights:
     def factors_for(self, gradient: Tensor, *, exact: bool = False) -> Tensor:
         """The factors for gradients like this one, on its device; the host does not wait."""
         factors = torch.from_numpy(self.factors(gradient.dtype, exact=exact))
-        if gradient.device.type == "cuda":  # a copy from pageable memory would wait
-            factors = factors.pin_memory()
-        return factors.to(gradient.device, non_blocking=True)
+        return to_device(factors, gradient.device)
 
 
 class DeviceWeights:
@@ -274,23 +273,6 @@ def weigh_tensor(
 
 def _sketched(weights: Weights, error: Tensor | None) -> Weights:
     return weights if error is None else replace(weights, sketch_error=float(error))
-
-
-def to_host(tensor: Tensor, ready: torch.cuda.Event | None = None) -> Tensor:
-    """The tensor on the CPU. On a GPU the host waits for `ready`, or for the current stream so far.
-
-    A stream of its own, so that what is queued later is not waited for.
-    """
-    if tensor.device.type != "cuda":
-        return tensor
-    ready = ready or torch.cuda.current_stream(tensor.device).record_event()
-    stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        stream.wait_event(ready)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        stream.record_event().synchronize()
-    return host
 
 
 def _weigh(
